@@ -1,0 +1,12 @@
+// How fast this machine reads memory: the limit of decoding.
+#pragma once
+
+#include <cstddef>
+
+namespace phi4edge {
+
+// Bytes per second that n_threads read from n_bytes of memory in all, the best pass within `seconds`.
+// Throws InputError for arguments out of range, OutOfMemoryError.
+double read_bandwidth(int n_threads, size_t n_bytes, double seconds);
+
+}  // namespace phi4edge

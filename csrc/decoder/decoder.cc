@@ -1,0 +1,313 @@
+#include "decoder/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "base/error.h"
+#include "kernels/dispatch.h"
+
+namespace phi4edge {
+namespace {
+
+constexpr int64_t kQueryTokens = 8;  // tokens whose queries meet a KV head together
+constexpr size_t kLoopsPerLayer = 12, kLoopsOutside = 8;  // more than there are; see Worker::share
+
+int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
+
+size_t attention_scratch(const KernelTable& kernels, const ModelConfig& config, int64_t value_dim) {
+  const int n_queries = int(kQueryTokens * (config.n_heads / config.n_kv_heads));
+  return kernels.attention_scratch_bytes(n_queries, int(value_dim)) +
+         size_t(n_queries) * (2 * size_t(config.head_dim) * sizeof(float) + 2 * sizeof(int64_t)) + 8 * kCacheLine;
+}
+
+}  // namespace
+
+Model::Model(const gguf::File& file, int n_threads, const std::string& isa, const LoadProgress& progress)
+    : kernels_(select_kernels(isa)),
+      config_(read_config(file)),
+      pool_(n_threads),
+      weights_(load_weights(file, config_, pool_, progress)) {}
+
+Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type)
+    : model_(std::move(model)),
+      n_context_(n_context),
+      cache_(config(), n_context, kv_type),
+      q_dim_(config().n_heads * config().head_dim),
+      kv_dim_(config().n_kv_heads * config().head_dim),
+      activations_(kBatch, std::max({config().hidden_size, q_dim_, config().ffn_size})),
+      counters_(size_t(config().n_layers) * kLoopsPerLayer + kLoopsOutside) {
+  const ModelConfig& c = config();
+  const auto allocate = [](int64_t columns) { return allocate_aligned<float>(size_t(kBatch) * size_t(columns), "activations"); };
+  x_ = allocate(c.hidden_size);
+  normed_ = allocate(c.hidden_size);
+  delta_ = allocate(c.hidden_size);
+  qkv_ = allocate(q_dim_ + 2 * kv_dim_);
+  attention_ = allocate(q_dim_);
+  gate_up_ = allocate(2 * c.ffn_size);
+  ffn_ = allocate(c.ffn_size);
+  cosine_ = allocate(c.rope.n_dims / 2);
+  sine_ = allocate(c.rope.n_dims / 2);
+  const size_t scratch = std::max(model_->kernels().matmul_scratch_bytes(kBatch),
+                                  attention_scratch(model_->kernels(), c, cache_.value_dim()));
+  for (int thread = 0; thread < model_->pool().size(); ++thread) {
+    thread_scratch_.push_back(allocate_aligned<uint8_t>(scratch, "scratch"));
+  }
+}
+
+size_t Session::scratch_bytes(const ModelConfig& c) {
+  const int64_t q_dim = c.n_heads * c.head_dim, kv_dim = c.n_kv_heads * c.head_dim;
+  const int64_t floats = 3 * c.hidden_size + 2 * q_dim + 2 * kv_dim + 3 * c.ffn_size + c.rope.n_dims;
+  const int64_t quantized = 2 * std::max({c.hidden_size, q_dim, c.ffn_size});  // codes and side arrays: about 1.6 bytes a value
+  return size_t(kBatch) * size_t(floats * int64_t(sizeof(float)) + quantized) + size_t(c.vocab_size) * sizeof(float);
+}
+
+void Session::check_room(int64_t n_new) const {
+  if (n_new < 0 || n_new > n_context_ - n_tokens()) {
+    throw InputError("the sequence would have " + std::to_string(n_tokens() + n_new) + " tokens, and the context holds " +
+                         std::to_string(n_context_),
+                     "shorten the prompt, or load the model with a larger context");
+  }
+}
+
+void Session::extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress) {
+  check_room(n_tokens);
+  for (int64_t i = 0; i < n_tokens; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= config().vocab_size) {
+      throw InputError("token " + std::to_string(tokens[i]) + " at position " + std::to_string(i) + " is not in 0.." +
+                       std::to_string(config().vocab_size - 1));
+    }
+  }
+  const int64_t n_before = this->n_tokens();
+  inputs_.insert(inputs_.end(), tokens, tokens + n_tokens);
+  compute(n_before, which, logits, progress);
+}
+
+void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits,
+                                const ForwardProgress& progress) {
+  check_room(n_rows);
+  const int64_t n_before = n_tokens(), hidden = config().hidden_size;
+  for (int64_t i = 0; i < n_rows * hidden; ++i) {
+    if (!std::isfinite(rows[i])) throw InputError("row " + std::to_string(i / hidden) + " of the embeddings is not finite");
+  }
+  const int64_t first_row = int64_t(embedding_rows_.size()) / hidden;
+  embedding_rows_.insert(embedding_rows_.end(), rows, rows + n_rows * hidden);
+  for (int64_t i = 0; i < n_rows; ++i) inputs_.push_back(-1 - (first_row + i));
+  compute(n_before, which, logits, progress);
+}
+
+void Session::truncate(int64_t n_tokens) {
+  if (n_tokens < 0 || n_tokens > this->n_tokens()) {
+    throw InputError("cannot keep " + std::to_string(n_tokens) + " of " + std::to_string(this->n_tokens()) + " tokens");
+  }
+  drop_inputs(n_tokens);
+}
+
+void Session::drop_inputs(int64_t n_kept) {
+  int64_t n_rows = 0;
+  for (int64_t i = 0; i < n_kept; ++i) n_rows += inputs_[size_t(i)] < 0;
+  inputs_.resize(size_t(n_kept));
+  embedding_rows_.resize(size_t(n_rows * config().hidden_size));
+  n_cached_ = std::min(n_cached_, n_kept);
+}
+
+void Session::compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress) {
+  const int64_t n = n_tokens();
+  const RopeConfig& rope = config().rope;
+  const bool use_long = rope.original_context > 0 && n > rope.original_context;
+  if (use_long != cached_long_) n_cached_ = 0;  // never two rotations in one cache
+  cached_long_ = use_long;
+  cancelled_ = stop_ = false;
+  progress_ = &progress;
+  done_ = 0, total_ = n - n_cached_;
+  last_check_ = {};
+  int64_t n_logits = 0;
+  try {
+    for (int64_t first = n_cached_; first < n;) {
+      // A batch is either all old (computed again) or all new.
+      const int64_t limit = first < n_before ? n_before : n;
+      const int64_t batch = std::min(kBatch, limit - first);
+      const bool last = first + batch == n;
+      const LogitsFor wanted = first < n_before || (which == LogitsFor::kLast && !last) ? LogitsFor::kNone : which;
+      forward(first, batch, wanted, wanted == LogitsFor::kNone ? nullptr : logits + n_logits * config().vocab_size);
+      if (wanted == LogitsFor::kAll) n_logits += batch;
+      first += batch;
+      n_cached_ = first;
+      done_ += batch;
+    }
+    if (progress && !progress(done_, total_)) throw CancelledError();
+  } catch (...) {
+    drop_inputs(n_before);
+    throw;
+  }
+}
+
+// Asks the caller, at most every 50 ms; signal handlers and progress bars live there.
+bool Session::should_stop() {
+  if (cancelled_.load(std::memory_order_relaxed)) return true;
+  if (!*progress_) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last_check_ < std::chrono::milliseconds(50)) return false;
+  last_check_ = now;
+  return !(*progress_)(done_, total_);
+}
+
+void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) {
+  const RopeConfig& rope = config().rope;
+  for (int64_t t = 0; t < n; ++t) {
+    rope_angles(rope, cached_long_, first + t, cosine_.get() + t * (rope.n_dims / 2), sine_.get() + t * (rope.n_dims / 2));
+  }
+  counters_.reset();
+  model_->pool().run([&](int thread) {
+    Worker worker{thread, model_->pool().size(), model_->pool().barrier(), counters_, thread_scratch_[size_t(thread)].get()};
+    embed(worker, first, n);
+    for (int64_t layer = 0; layer < config().n_layers; ++layer) {
+      // The first barrier of a layer comes after this and before the flag is read, so all threads leave together.
+      if (thread == 0 && should_stop()) stop_.store(true);
+      worker.wait();
+      if (stop_.load()) return;
+      run_layer(worker, layer, first, n);
+    }
+    worker.wait();
+    if (which != LogitsFor::kNone) run_head(worker, n, which, logits);
+  });
+  if (stop_) throw CancelledError();
+}
+
+void Session::embed(Worker& worker, int64_t first, int64_t n) {
+  const PanelMatrix& table = model_->weights().embedding;
+  const int64_t hidden = config().hidden_size;
+  worker.share(n, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const Input input = inputs_[size_t(first + t)];
+      float* row = x_.get() + t * hidden;
+      if (input < 0) {
+        std::memcpy(row, embedding_rows_.data() + (-1 - input) * hidden, size_t(hidden) * sizeof(float));
+      } else {
+        const uint8_t* panel = table.data.get() + size_t(input / kPanelRows) * table.panel_bytes;
+        model_->kernels().dequantize_row[format_index(*table.format)](panel, int(input % kPanelRows), hidden, row);
+      }
+    }
+  });
+}
+
+void Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n) {
+  const ModelConfig& c = config();
+  const LayerWeights& w = model_->weights().layers[size_t(layer)];
+  const KernelTable& kernels = model_->kernels();
+  const float* pending = layer == 0 ? nullptr : delta_.get();  // what the layer before has still to add
+
+  normalize(worker, pending, w.attention_norm, 0, n);
+  worker.wait();
+  const int64_t qkv_dim = q_dim_ + 2 * kv_dim_;
+  matmul(worker, kernels, w.qkv, activations_.view(n, c.hidden_size, normed_.get(), c.hidden_size), qkv_.get(), qkv_dim);
+  worker.wait();
+  store_keys_and_values(worker, layer, first, n);
+  worker.wait();
+  attend(worker, layer, first, n);
+  worker.wait();
+  worker.share(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) activations_.quantize(attention_.get() + t * q_dim_, t, n, q_dim_, kernels);
+  });
+  worker.wait();
+  matmul(worker, kernels, {&w.attention_output, 1}, activations_.view(n, q_dim_, attention_.get(), q_dim_), delta_.get(),
+         c.hidden_size);
+  worker.wait();
+  normalize(worker, delta_.get(), w.ffn_norm, 0, n);
+  worker.wait();
+  matmul(worker, kernels, w.gate_up, activations_.view(n, c.hidden_size, normed_.get(), c.hidden_size), gate_up_.get(),
+         2 * c.ffn_size);
+  worker.wait();
+  multiply_gate(worker, n);
+  worker.wait();
+  matmul(worker, kernels, {&w.down, 1}, activations_.view(n, c.ffn_size, ffn_.get(), c.ffn_size), delta_.get(), c.hidden_size);
+  worker.wait();
+}
+
+// x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.
+void Session::normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n) {
+  const int64_t hidden = config().hidden_size;
+  worker.share(n - first, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = first + begin; t < first + end; ++t) {
+      float *x = x_.get() + t * hidden, *normed = normed_.get() + (t - first) * hidden;
+      if (add) {
+        for (int64_t i = 0; i < hidden; ++i) x[i] += add[t * hidden + i];
+      }
+      rms_norm(x, weight.data(), hidden, config().rms_epsilon, normed);
+      activations_.quantize(normed, t - first, n - first, hidden, model_->kernels());
+    }
+  });
+}
+
+void Session::store_keys_and_values(Worker& worker, int64_t layer, int64_t first, int64_t n) {
+  const ModelConfig& c = config();
+  const int64_t half = c.rope.n_dims / 2, stride = q_dim_ + 2 * kv_dim_;
+  worker.share(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float *q = qkv_.get() + t * stride, *k = q + q_dim_, *v = k + kv_dim_;
+      const float *cosine = cosine_.get() + t * half, *sine = sine_.get() + t * half;
+      for (int64_t head = 0; head < c.n_heads; ++head) rotate(c.rope, cosine, sine, q + head * c.head_dim);
+      for (int64_t head = 0; head < c.n_kv_heads; ++head) {
+        rotate(c.rope, cosine, sine, k + head * c.head_dim);
+        cache_.store(layer, head, first + t, k + head * c.head_dim, v + head * c.head_dim, model_->kernels());
+      }
+    }
+  });
+}
+
+void Session::attend(Worker& worker, int64_t layer, int64_t first, int64_t n) {
+  const ModelConfig& c = config();
+  const int64_t group = c.n_heads / c.n_kv_heads, n_tiles = (n + kQueryTokens - 1) / kQueryTokens;
+  const int64_t head_dim = c.head_dim, stride = q_dim_ + 2 * kv_dim_;
+  const float scale = 1.0f / std::sqrt(float(head_dim));
+  const auto kernel = cache_.type() == KvType::kF16 ? model_->kernels().attention_f16 : model_->kernels().attention_f32;
+  // Scratch: the queries of a tile side by side, their outputs, the keys they see, and the kernel's own.
+  const int64_t max_queries = kQueryTokens * group;
+  auto* queries = static_cast<float*>(worker.scratch);
+  float* out = queries + round_up16(max_queries * head_dim);
+  auto* first_key = reinterpret_cast<int64_t*>(out + round_up16(max_queries * head_dim));
+  int64_t* last_key = first_key + round_up16(max_queries);
+  static_assert(sizeof(int64_t) * 16 % kCacheLine == 0);
+  worker.share(c.n_kv_heads * n_tiles, 1, [&](int64_t item, int64_t) {
+    // Long rows first: later tiles see more keys.
+    const int64_t tile = n_tiles - 1 - item / c.n_kv_heads, kv_head = item % c.n_kv_heads;
+    const int64_t t0 = tile * kQueryTokens, n_tokens = std::min(kQueryTokens, n - t0);
+    for (int64_t i = 0; i < n_tokens * group; ++i) {
+      const int64_t t = t0 + i / group, head = kv_head * group + i % group;
+      const float* q = qkv_.get() + t * stride + head * head_dim;
+      for (int64_t d = 0; d < head_dim; ++d) queries[i * head_dim + d] = q[d] * scale;
+      last_key[i] = first + t;
+      first_key[i] = c.sliding_window > 0 ? std::max<int64_t>(0, first + t - c.sliding_window + 1) : 0;
+    }
+    kernel({queries, head_dim, int(n_tokens * group), first_key, last_key, int(head_dim), int(cache_.value_dim()),
+            cache_.keys(layer, kv_head), cache_.values(layer, kv_head), out, head_dim, last_key + round_up16(max_queries)});
+    for (int64_t i = 0; i < n_tokens * group; ++i) {
+      float* to = attention_.get() + (t0 + i / group) * q_dim_ + (kv_head * group + i % group) * head_dim;
+      std::memcpy(to, out + i * head_dim, size_t(head_dim) * sizeof(float));
+    }
+  });
+}
+
+void Session::multiply_gate(Worker& worker, int64_t n) {
+  const int64_t ffn = config().ffn_size;
+  worker.share(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* gate = gate_up_.get() + t * 2 * ffn;
+      model_->kernels().silu_multiply(gate, gate + ffn, ffn, ffn_.get() + t * ffn);
+      activations_.quantize(ffn_.get() + t * ffn, t, n, ffn, model_->kernels());
+    }
+  });
+}
+
+void Session::run_head(Worker& worker, int64_t n, LogitsFor which, float* logits) {
+  const ModelConfig& c = config();
+  const Weights& w = model_->weights();
+  const int64_t first = which == LogitsFor::kLast ? n - 1 : 0;
+  normalize(worker, delta_.get(), w.output_norm, first, n);
+  worker.wait();
+  matmul(worker, model_->kernels(), {&w.output_head(), 1},
+         activations_.view(n - first, c.hidden_size, normed_.get(), c.hidden_size), logits, c.vocab_size);
+}
+
+}  // namespace phi4edge

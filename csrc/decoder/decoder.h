@@ -1,0 +1,109 @@
+// The decoder: a model's weights (shared), and sessions that run sequences through them.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "decoder/config.h"
+#include "decoder/kv_cache.h"
+#include "decoder/ops.h"
+#include "decoder/weights.h"
+#include "kernels/kernels.h"
+
+namespace phi4edge {
+
+// Read-only after construction; any number of sessions may use it, from any threads.
+class Model {
+ public:
+  // isa: see select_kernels().  Throws what load_weights() throws.
+  Model(const gguf::File& file, int n_threads, const std::string& isa, const LoadProgress& progress);
+
+  const ModelConfig& config() const { return config_; }
+  const Weights& weights() const { return weights_; }
+  const KernelTable& kernels() const { return kernels_; }
+  ThreadPool& pool() { return pool_; }
+
+ private:
+  const KernelTable& kernels_;
+  ModelConfig config_;
+  ThreadPool pool_;
+  Weights weights_;
+};
+
+enum class LogitsFor { kNone, kLast, kAll };
+
+// Tokens done, tokens to do in this call; returns false to cancel.  Called on the caller's thread.
+using ForwardProgress = std::function<bool(int64_t done, int64_t total)>;
+
+// One sequence: its inputs, and the KV cache of those that were computed.
+//
+// LongRoPE: the whole sequence uses the short factors while it has at most rope.original_context tokens, and the long
+// factors beyond; when an extension (or a truncation) changes sides, everything cached is computed again.
+class Session {
+ public:
+  Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type);
+
+  // Appends inputs and computes them.  Logits, n_logits(n) rows of vocab_size floats, go to `logits`.
+  // Throws InputError (a token out of range, more tokens than the context holds), CancelledError; then nothing has changed.
+  void extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress);
+  // The same with rows of hidden_size floats in place of token embeddings.
+  void extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits, const ForwardProgress& progress);
+
+  void truncate(int64_t n_tokens);
+  void cancel() { cancelled_.store(true); }  // from any thread; ends the extend() that is running
+
+  int64_t n_tokens() const { return int64_t(inputs_.size()); }
+  int64_t n_context() const { return n_context_; }
+  size_t kv_bytes() const { return cache_.n_bytes(); }
+  const ModelConfig& config() const { return model_->config(); }
+  // What a session takes beside its KV cache, about.
+  static size_t scratch_bytes(const ModelConfig& config);
+
+ private:
+  // A token id, or -1 - r for row r of embedding_rows_.
+  using Input = int64_t;
+
+  void check_room(int64_t n_new) const;
+  void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
+  void drop_inputs(int64_t n_kept);
+  void forward(int64_t first, int64_t n, LogitsFor which, float* logits);
+  void run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);
+  void run_head(Worker& worker, int64_t n, LogitsFor which, float* logits);
+  void embed(Worker& worker, int64_t first, int64_t n);
+  void normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n);
+  void store_keys_and_values(Worker& worker, int64_t layer, int64_t first, int64_t n);
+  void attend(Worker& worker, int64_t layer, int64_t first, int64_t n);
+  void multiply_gate(Worker& worker, int64_t n);
+  bool should_stop();
+
+  static constexpr int64_t kBatch = 256;  // tokens computed together: their activations stay in the second-level cache
+
+  std::shared_ptr<Model> model_;
+  int64_t n_context_;
+  KvCache cache_;
+  std::vector<Input> inputs_;
+  std::vector<float> embedding_rows_;   // of the inputs that are not tokens, in order
+  int64_t n_cached_ = 0;                // leading inputs whose keys and values are valid
+  bool cached_long_ = false;            // computed with the long factors
+
+  // Scratch of one batch.
+  int64_t q_dim_, kv_dim_;
+  AlignedArray<float> x_, normed_, qkv_, attention_, gate_up_, ffn_, delta_, cosine_, sine_;
+  ActivationBuffer activations_;
+  std::vector<AlignedArray<uint8_t>> thread_scratch_;
+  WorkCounters counters_;
+
+  std::atomic<bool> cancelled_{false};
+  std::atomic<bool> stop_{false};
+  const ForwardProgress* progress_ = nullptr;
+  int64_t done_ = 0, total_ = 0;
+  std::chrono::steady_clock::time_point last_check_;
+};
+
+}  // namespace phi4edge

@@ -1,0 +1,42 @@
+// Keys and values of the tokens seen so far.
+//   keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention kernel multiplies
+//   values  [layer][kv_head][position][value_dim]           value_dim is head_dim rounded up to 16
+#pragma once
+
+#include <cstdint>
+
+#include "base/aligned.h"
+#include "decoder/config.h"
+#include "kernels/kernels.h"
+
+namespace phi4edge {
+
+enum class KvType { kF16, kF32 };
+
+class KvCache {
+ public:
+  // Memory is reserved at once, and takes real pages only as positions are written.
+  KvCache(const ModelConfig& config, int64_t n_positions, KvType type);
+
+  // key and value: head_dim floats; key is already rotated.
+  void store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value, const KernelTable& kernels);
+  const void* keys(int64_t layer, int64_t kv_head) const;
+  const void* values(int64_t layer, int64_t kv_head) const;
+
+  KvType type() const { return type_; }
+  int64_t value_dim() const { return value_dim_; }
+  size_t n_bytes() const { return 2 * layer_bytes_ * size_t(n_layers_); }
+
+  static size_t bytes_for(const ModelConfig& config, int64_t n_positions, KvType type);
+
+ private:
+  size_t element_bytes() const { return type_ == KvType::kF16 ? 2 : 4; }
+  size_t offset(int64_t layer, int64_t kv_head) const { return layer_bytes_ * size_t(layer) + head_bytes_ * size_t(kv_head); }
+
+  KvType type_;
+  int64_t n_layers_, head_dim_, value_dim_;
+  size_t head_bytes_, layer_bytes_;
+  AlignedArray<uint8_t> keys_, values_;
+};
+
+}  // namespace phi4edge

@@ -1,0 +1,105 @@
+#include "decoder/ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "base/error.h"
+
+namespace phi4edge {
+namespace {
+
+int64_t super_blocks(int64_t n_columns) { return (n_columns + kSuperBlock - 1) / kSuperBlock; }
+
+}  // namespace
+
+ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
+  const size_t n = size_t(max_tokens) * size_t(super_blocks(max_columns));
+  codes_ = allocate_aligned<int8_t>(n * kSuperBlock, "activations");
+  shifts_ = allocate_aligned<int32_t>(n * 8, "activations");
+  neg_sums_ = allocate_aligned<int32_t>(n * 16, "activations");
+  neg_sums32_ = allocate_aligned<float>(n * 8, "activations");
+  scales_ = allocate_aligned<float>(n, "activations");
+}
+
+void ActivationBuffer::quantize(const float* x, int64_t token, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels) {
+  kernels.quantize(x, n_columns, n_tokens,
+                   {codes_.get() + token * kSuperBlock, shifts_.get() + token * 8, neg_sums_.get() + token * 16,
+                    neg_sums32_.get() + token * 8, scales_.get() + token});
+}
+
+Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const {
+  Activations x;
+  x.n_tokens = n_tokens;
+  x.n_columns = n_columns;
+  x.codes = codes_.get();
+  x.shifts = shifts_.get();
+  x.neg_sums = neg_sums_.get();
+  x.neg_sums32 = neg_sums32_.get();
+  x.scales = scales_.get();
+  x.values = values;
+  x.value_stride = value_stride;
+  return x;
+}
+
+void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
+            int64_t out_stride) {
+  int64_t first_row = 0;
+  for (const PanelMatrix& matrix : matrices) {
+    if (x.n_columns != matrix.n_columns) {
+      throw InputError("matmul: expected " + std::to_string(matrix.n_columns) + " inputs, got " + std::to_string(x.n_columns));
+    }
+    const auto kernel = kernels.matmul[format_index(*matrix.format)];
+    const int64_t n_panels = matrix.n_panels();
+    // Pieces of about 200 KB, but enough of them that the threads finish together; an even number of panels.
+    const int64_t by_size = std::max<int64_t>(1, int64_t((200 << 10) / matrix.panel_bytes));
+    const int64_t by_share = std::max<int64_t>(1, n_panels / (4 * worker.n_threads));
+    const int64_t grain = (std::min(by_size, by_share) + 1) / 2 * 2;
+    worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
+      const int64_t row = begin * kPanelRows;
+      kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
+              std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + first_row + row, out_stride,
+              worker.scratch});
+    });
+    first_row += matrix.n_rows;
+  }
+}
+
+void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out) {
+  double sum = 0;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {  // sixteen float sums at a time: exact enough, and the compiler vectorises it
+    float part[16];
+    for (int j = 0; j < 16; ++j) part[j] = x[i + j] * x[i + j];
+    float s = 0;
+    for (int j = 0; j < 16; ++j) s += part[j];
+    sum += double(s);
+  }
+  for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
+  const float factor = 1.0f / std::sqrt(float(sum / double(n)) + epsilon);
+  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine) {
+  const std::vector<float>& factors = use_long_factors ? rope.factors_long : rope.factors_short;
+  for (int64_t i = 0; i < rope.n_dims / 2; ++i) {
+    const double factor = factors.empty() ? 1.0 : double(factors[size_t(i)]);
+    // In float, like the reference: frequency, then its product with the position.
+    const float frequency = float(rope.position_scale / (factor * std::pow(rope.base, 2.0 * double(i) / double(rope.n_dims))));
+    const float angle = float(position) * frequency;
+    cosine[i] = std::cos(angle) * rope.attention_factor;
+    sine[i] = std::sin(angle) * rope.attention_factor;
+  }
+}
+
+void rotate(const RopeConfig& rope, const float* cosine, const float* sine, float* head) {
+  const int64_t half = rope.n_dims / 2;
+  const int64_t step = rope.interleaved ? 2 : 1, other = rope.interleaved ? 1 : half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i * step], b = head[i * step + other];
+    head[i * step] = a * cosine[i] - b * sine[i];
+    head[i * step + other] = b * cosine[i] + a * sine[i];
+  }
+}
+
+}  // namespace phi4edge

@@ -1,0 +1,81 @@
+// What a forward pass is made of: shared work, quantised activations, matrix products, normalisation, rotation.
+//
+// A forward pass runs on all threads at once (SPMD).  Every op below is called by every thread with its Worker, takes a
+// share of the work, and returns without waiting; the caller places the barriers.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/aligned.h"
+#include "base/thread_pool.h"
+#include "decoder/weights.h"
+#include "kernels/kernels.h"
+
+namespace phi4edge {
+
+// Hands out pieces of each loop of a forward pass; one counter a loop, all zeroed before the pass.
+class WorkCounters {
+ public:
+  explicit WorkCounters(size_t n_loops) : next_(n_loops) {}
+  void reset() {
+    for (auto& counter : next_) counter.store(0, std::memory_order_relaxed);
+  }
+  std::atomic<int64_t>& at(size_t loop) { return next_[loop]; }
+
+ private:
+  std::vector<std::atomic<int64_t>> next_;
+};
+
+// One thread's view of a forward pass.  Threads meet the loops in the same order, so the loop's number names its counter.
+struct Worker {
+  int thread, n_threads;
+  SpinBarrier& barrier;
+  WorkCounters& counters;
+  void* scratch;
+  size_t loop = 0;
+
+  void wait() { barrier.wait(); }
+
+  // body(begin, end) for pieces of [0, n), `grain` at a time, whichever thread is free.
+  template <class Body>
+  void share(int64_t n, int64_t grain, Body&& body) {
+    std::atomic<int64_t>& next = counters.at(loop++);
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= n) return;
+      body(begin, begin + grain < n ? begin + grain : n);
+    }
+  }
+};
+
+// Room for the quantised activations of a batch of tokens.
+class ActivationBuffer {
+ public:
+  ActivationBuffer(int64_t max_tokens, int64_t max_columns);
+
+  // Quantises one of n_tokens tokens.
+  void quantize(const float* x, int64_t token, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels);
+  Activations view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const;
+
+ private:
+  AlignedArray<int8_t> codes_;
+  AlignedArray<int32_t> shifts_, neg_sums_;
+  AlignedArray<float> neg_sums32_, scales_;
+};
+
+// out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.
+void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
+            int64_t out_stride);
+
+// out = x / sqrt(mean(x^2) + epsilon) * weight
+void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);
+
+// Cosines and sines of one position, [n_dims / 2] each, with the attention factor applied.
+void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine);
+// Rotates the leading n_dims of one head in place.
+void rotate(const RopeConfig& rope, const float* cosine, const float* sine, float* head);
+
+}  // namespace phi4edge

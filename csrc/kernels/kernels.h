@@ -1,0 +1,80 @@
+// The kernel table: the inner loops of the decoder, one table for each instruction set.
+//
+// Kernels know no threads, no allocation and no errors; their callers (decoder/ops) check shapes once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quant/format.h"
+#include "quant/formats.h"
+
+namespace phi4edge {
+
+// Quantised activations ("AE32"): int8 codes with one float scale for 256 values and a power-of-two exponent for 32.
+//   A = max|x| / 127 over 256;  e = clamp(floor(log2(max256 / max32)), 0, 7);  code = round(x * 2^e / A)
+// Kernels shift the integer sum over 32 values left by 7 - e, which is exact, and multiply by A / 128.
+// All arrays are [super-block][token], so that a tile of tokens is one forward stream.
+struct Activations {
+  int64_t n_tokens = 0;        // tokens laid out, the stride of the arrays
+  int64_t n_columns = 0;       // of the matrix they meet; codes beyond it are zero
+  const int8_t* codes = nullptr;       // [.][.][256]
+  const int32_t* shifts = nullptr;     // [.][.][8]: 7 - e
+  const int32_t* neg_sums = nullptr;   // [.][.][16]: minus the sum of 16 codes
+  const float* neg_sums32 = nullptr;   // [.][.][8]: minus the sum of 32 codes, shifted left like the products
+  const float* scales = nullptr;       // [.][.]: A / 128
+  const float* values = nullptr;       // the same activations as floats, for float weights
+  int64_t value_stride = 0;            // from token to token
+};
+
+struct MutableActivations {
+  int8_t* codes;
+  int32_t *shifts, *neg_sums;
+  float *neg_sums32, *scales;
+};
+
+// Output rows [0, n_rows) of `panels` for tokens [0, n_tokens) of x:  out[token * out_stride + row]
+struct MatmulTask {
+  const uint8_t* panels;
+  size_t panel_bytes;
+  int64_t n_rows;       // the last panel may be partly filled
+  int64_t n_columns;
+  const Activations* x;
+  float* out;
+  int64_t out_stride;
+  void* scratch;        // KernelTable::matmul_scratch_bytes(n_tokens) bytes, aligned to 64
+};
+
+// Softmax attention of a tile of query rows over one KV head.
+// K: [key / 16][head_dim][16 keys], V: [key][value_stride]; elements are half or float.
+struct AttentionTask {
+  const float* queries;      // row i starts at queries + i * query_stride; already multiplied by 1 / sqrt(head_dim)
+  int64_t query_stride;
+  int n_queries;
+  const int64_t* first_key;  // row i sees keys first_key[i] .. last_key[i]
+  const int64_t* last_key;
+  int head_dim;              // any
+  int value_dim;             // head_dim rounded up to 16
+  const void* keys;
+  const void* values;
+  float* out;                // row i at out + i * out_stride, head_dim values
+  int64_t out_stride;
+  void* scratch;             // KernelTable::attention_scratch_bytes(n_queries, value_dim)
+};
+
+struct KernelTable {
+  const char* name;
+  void (*matmul[kFormatCount])(const MatmulTask& task);
+  // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
+  void (*quantize)(const float* x, int64_t n_columns, int64_t n_tokens, const MutableActivations& out);
+  void (*attention_f16)(const AttentionTask& task);
+  void (*attention_f32)(const AttentionTask& task);
+  void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);
+  void (*to_half)(const float* x, int64_t n_values, uint16_t* out);
+  // Sixteen-row panel, lane `row`, back to floats.
+  void (*dequantize_row[kFormatCount])(const uint8_t* panel, int row, int64_t n_columns, float* out);
+  size_t (*matmul_scratch_bytes)(int64_t n_tokens);
+  size_t (*attention_scratch_bytes)(int n_queries, int value_dim);
+};
+
+}  // namespace phi4edge

@@ -1,0 +1,87 @@
+// The reference kernels: plain C++, one row at a time.  Every other instruction set is tested against these.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "quant/half.h"
+
+namespace phi4edge {
+namespace {
+
+struct V {
+  static constexpr int kRows = 1, kTileParts = 1, kTileTokens = 4;
+  static constexpr int kSignedBiasBits = -1;
+  using Bytes = uint32_t;  // four codes
+  using Ints = int32_t;
+  using Floats = float;
+
+  template <class T>
+  static T read(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+
+  static Bytes load_bytes(const uint8_t* p) { return read<uint32_t>(p); }
+  static void store_bytes(uint8_t* p, Bytes b) { std::memcpy(p, &b, 4); }
+  static Bytes splat4(const int8_t* p) { return read<uint32_t>(p); }
+  template <int From, int To, int Mask>
+  static Bytes bit_field(Bytes b) {
+    constexpr uint32_t kMask = 0x01010101u * uint32_t(Mask);
+    return (From >= To ? b >> (From - To) : b << (To - From)) & kMask;
+  }
+  static Bytes or_(Bytes a, Bytes b) { return a | b; }
+  static Ints or_(Ints a, Ints b) { return a | b; }
+  static Bytes lookup(Bytes index, const int8_t* table) {
+    uint32_t out = 0;
+    for (int b = 0; b < 32; b += 8) out |= uint32_t(uint8_t(table[index >> b & 15])) << b;
+    return out;
+  }
+  static Bytes bias(Bytes b) { return b; }
+  static Ints dot(Ints sum, Bytes w, Bytes x) {
+    for (int b = 0; b < 32; b += 8) sum += int32_t(uint8_t(w >> b)) * int8_t(x >> b);
+    return sum;
+  }
+  static Ints dot_signed(Ints sum, Bytes w, Bytes x) {
+    for (int b = 0; b < 32; b += 8) sum += int32_t(int8_t(w >> b)) * int8_t(x >> b);
+    return sum;
+  }
+
+  static Ints load_ints(const uint8_t* p) { return read<int32_t>(p); }
+  static Ints load_u16(const void* p) { return read<uint16_t>(p); }
+  static Ints set1(int32_t v) { return v; }
+  static Ints field(Ints v, int shift, int mask) { return int32_t(uint32_t(v) >> shift) & mask; }
+  static Ints signed_byte(Ints v, int i) { return int8_t(uint32_t(v) >> (8 * i)); }
+  static Ints shift_left(Ints v, int n) { return int32_t(uint32_t(v) << n); }
+  static Ints shift_left_by(Ints v, int n) { return shift_left(v, n); }
+  static Ints add(Ints a, Ints b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+  static int32_t reduce_sum(Ints v) { return v; }
+  static void store_codes(int8_t* p, Ints v) { *p = int8_t(v); }
+
+  static Floats load(const float* p) { return *p; }
+  static void store(float* p, Floats v) { *p = v; }
+  static Floats load_half(const void* p) { return half_to_float(read<uint16_t>(p)); }
+  static void store_half(uint16_t* p, Floats v) { *p = float_to_half(v); }
+  static Floats set1(float v) { return v; }
+  static Floats mul(Floats a, Floats b) { return a * b; }
+  static Floats add(Floats a, Floats b) { return a + b; }
+  static Floats sub(Floats a, Floats b) { return a - b; }
+  static Floats div(Floats a, Floats b) { return a / b; }
+  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+  static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  static Floats to_float(Ints v) { return float(v); }
+  static Ints round(Floats v) { return int32_t(std::nearbyint(v)); }
+  static Floats as_floats(Ints v) { return std::bit_cast<float>(v); }
+  static Ints as_ints(Floats v) { return std::bit_cast<int32_t>(v); }
+  static float reduce_max(Floats v) { return v; }
+  static float reduce_sum(Floats v) { return v; }
+};
+
+}  // namespace
+}  // namespace phi4edge
+
+#include "kernels/generic-inl.h"
+
+PHI4EDGE_DEFINE_KERNELS(scalar)

@@ -1,0 +1,105 @@
+// AVX2 + FMA + F16C: eight rows at a time, half a line of a panel.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace phi4edge {
+namespace {
+
+struct V {
+  static constexpr int kRows = 8, kTileParts = 2, kTileTokens = 2;
+  static constexpr int kSignedBiasBits = -1;  // vpsignb moves the sign to the activation instead
+  struct Bytes {
+    __m256i v;
+  };
+  struct Ints {
+    __m256i v;
+  };
+  struct Floats {
+    __m256 v;
+  };
+
+  static Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static void store_bytes(uint8_t* p, Bytes b) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b.v); }
+  static Bytes splat4(const int8_t* p) {
+    int32_t dword;
+    std::memcpy(&dword, p, 4);
+    return {_mm256_set1_epi32(dword)};
+  }
+  template <int From, int To, int Mask>
+  static Bytes bit_field(Bytes b) {
+    const __m256i mask = _mm256_set1_epi8(char(Mask));
+    if constexpr (From >= To) {
+      return {_mm256_and_si256(_mm256_srli_epi16(b.v, From - To), mask)};
+    } else {
+      return {_mm256_and_si256(_mm256_slli_epi16(b.v, To - From), mask)};
+    }
+  }
+  static Bytes or_(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
+  static Ints or_(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
+  static Bytes lookup(Bytes index, const int8_t* table) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, index.v)};
+  }
+  static Bytes bias(Bytes b) { return b; }
+  // Pairs of products stay in 16 bits: 2 * 63 * 127 for unsigned codes, 2 * 128 * 127 for signed ones.
+  static Ints dot(Ints sum, Bytes w, Bytes x) {
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(w.v, x.v), _mm256_set1_epi16(1)))};
+  }
+  static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, {_mm256_abs_epi8(w.v)}, {_mm256_sign_epi8(x.v, w.v)}); }
+
+  static Ints load_ints(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Ints load_u16(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static Ints set1(int32_t v) { return {_mm256_set1_epi32(v)}; }
+  static Ints field(Ints v, int shift, int mask) { return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))}; }
+  static Ints signed_byte(Ints v, int i) { return {_mm256_srai_epi32(_mm256_slli_epi32(v.v, 24 - 8 * i), 24)}; }
+  static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
+  static Ints shift_left_by(Ints v, int n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(n))}; }
+  static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static int32_t reduce_sum(Ints v) {
+    const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
+    const __m128i b = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+  }
+  static void store_codes(int8_t* p, Ints v) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
+  static Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static void store(float* p, Floats v) { _mm256_storeu_ps(p, v.v); }
+  static Floats load_half(const void* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static void store_half(uint16_t* p, Floats v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Floats set1(float v) { return {_mm256_set1_ps(v)}; }
+  static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  static Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.v)}; }
+  static Ints round(Floats v) { return {_mm256_cvtps_epi32(v.v)}; }
+  static Floats as_floats(Ints v) { return {_mm256_castsi256_ps(v.v)}; }
+  static Ints as_ints(Floats v) { return {_mm256_castps_si256(v.v)}; }
+  static float reduce_max(Floats v) {
+    const __m128 a = _mm_max_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
+    const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_shuffle_ps(b, b, 1)));
+  }
+  static float reduce_sum(Floats v) {
+    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
+    const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+  }
+};
+
+}  // namespace
+}  // namespace phi4edge
+
+#include "kernels/generic-inl.h"
+
+PHI4EDGE_DEFINE_KERNELS(x86_avx2)

@@ -1,0 +1,89 @@
+// AVX-512 with VNNI: sixteen rows at a time, one line of a panel; vpdpbusd adds four products a lane.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace phi4edge {
+namespace {
+
+struct V {
+  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 6;
+  static constexpr int kSignedBiasBits = 7;  // vpdpbusd wants unsigned weights: signed codes plus 128
+  struct Bytes {
+    __m512i v;
+  };
+  struct Ints {
+    __m512i v;
+  };
+  struct Floats {
+    __m512 v;
+  };
+
+  static Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static void store_bytes(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b.v); }
+  static Bytes splat4(const int8_t* p) {
+    int32_t dword;
+    std::memcpy(&dword, p, 4);
+    return {_mm512_set1_epi32(dword)};
+  }
+  template <int From, int To, int Mask>
+  static Bytes bit_field(Bytes b) {
+    const __m512i mask = _mm512_set1_epi8(char(Mask));
+    if constexpr (From >= To) {
+      return {_mm512_and_si512(_mm512_srli_epi16(b.v, From - To), mask)};
+    } else {
+      return {_mm512_and_si512(_mm512_slli_epi16(b.v, To - From), mask)};
+    }
+  }
+  static Bytes or_(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+  static Ints or_(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+  static Bytes lookup(Bytes index, const int8_t* table) {
+    const __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm512_shuffle_epi8(t, index.v)};
+  }
+  static Bytes bias(Bytes b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(char(0x80)))}; }
+  static Ints dot(Ints sum, Bytes w, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+  static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, w, x); }
+
+  static Ints load_ints(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Ints load_u16(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  static Ints set1(int32_t v) { return {_mm512_set1_epi32(v)}; }
+  static Ints field(Ints v, int shift, int mask) {
+    return {_mm512_and_si512(_mm512_srli_epi32(v.v, unsigned(shift)), _mm512_set1_epi32(mask))};
+  }
+  static Ints signed_byte(Ints v, int i) { return {_mm512_srai_epi32(_mm512_slli_epi32(v.v, unsigned(24 - 8 * i)), 24)}; }
+  static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
+  static Ints shift_left_by(Ints v, int n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(n))}; }
+  static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v.v); }
+  static void store_codes(int8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v.v)); }
+
+  static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static void store(float* p, Floats v) { _mm512_storeu_ps(p, v.v); }
+  static Floats load_half(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  static void store_half(uint16_t* p, Floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Floats set1(float v) { return {_mm512_set1_ps(v)}; }
+  static Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  static Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Floats to_float(Ints v) { return {_mm512_cvtepi32_ps(v.v)}; }
+  static Ints round(Floats v) { return {_mm512_cvtps_epi32(v.v)}; }
+  static Floats as_floats(Ints v) { return {_mm512_castsi512_ps(v.v)}; }
+  static Ints as_ints(Floats v) { return {_mm512_castps_si512(v.v)}; }
+  static float reduce_max(Floats v) { return _mm512_reduce_max_ps(v.v); }
+  static float reduce_sum(Floats v) { return _mm512_reduce_add_ps(v.v); }
+};
+
+}  // namespace
+}  // namespace phi4edge
+
+#include "kernels/generic-inl.h"
+
+PHI4EDGE_DEFINE_KERNELS(x86_avx512vnni)

@@ -1,0 +1,437 @@
+// The Python module phi4edge._core.  It carries values between Python and C++ and decides nothing.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "base/bandwidth.h"
+#include "base/error.h"
+#include "decoder/config.h"
+#include "decoder/decoder.h"
+#include "decoder/memory.h"
+#include "decoder/multiply.h"
+#include "decoder/sampler.h"
+#include "gguf/gguf.h"
+#include "kernels/dispatch.h"
+#include "quant/format.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace phi4edge {
+namespace {
+
+// --- Errors ---
+
+const char* error_class(Error::Kind kind) {
+  switch (kind) {
+    case Error::Kind::kBundle: return "BundleError";
+    case Error::Kind::kFile: return "FileError";
+    case Error::Kind::kInput: return "InputError";
+    case Error::Kind::kUnsupported: return "UnsupportedError";
+    case Error::Kind::kOutOfMemory: return "OutOfMemoryError";
+    case Error::Kind::kCancelled: return "Cancelled";
+  }
+  return "Phi4EdgeError";
+}
+
+// Bytes that are not UTF-8 become lone surrogates, as in Python's file names.
+py::str to_str(const std::string& bytes) {
+  PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), Py_ssize_t(bytes.size()), "surrogateescape");
+  if (!decoded) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(decoded);
+}
+
+void raise(const char* class_name, const std::string& problem, const std::string& path, const std::string& field,
+           const std::string& hint) {
+  const py::object type = py::module_::import("phi4edge.errors").attr(class_name);
+  const py::object error = type(to_str(problem), "path"_a = to_str(path), "field"_a = to_str(field), "hint"_a = to_str(hint));
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate_error(std::exception_ptr exception) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const Error& error) {
+    raise(error_class(error.kind()), error.what(), error.path(), error.field(), error.hint());
+  } catch (const std::bad_alloc&) {
+    raise("OutOfMemoryError", "not enough memory", {}, {}, "close other programs, or use a smaller model or context");
+  }
+}
+
+// --- Files ---
+
+std::string fs_path(const py::object& path) {
+  PyObject* encoded = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &encoded)) throw py::error_already_set();
+  return std::string(py::reinterpret_steal<py::bytes>(encoded));
+}
+
+struct ToPython {
+  py::object operator()(const std::string& s) const { return to_str(s); }
+  py::object operator()(bool b) const { return py::bool_(b); }
+  py::object operator()(double d) const { return py::float_(d); }
+  py::object operator()(uint64_t i) const { return py::int_(i); }
+  py::object operator()(int64_t i) const { return py::int_(i); }
+  py::object operator()(const std::shared_ptr<const gguf::Array>& array) const {
+    return std::visit(
+        [this](const auto& items) -> py::object {
+          py::list list(items.size());
+          for (size_t i = 0; i < items.size(); ++i) list[i] = (*this)(items[i]);
+          return list;
+        },
+        array->items);
+  }
+};
+
+py::dict to_dict(const gguf::File& file) {
+  py::dict metadata;
+  for (const auto& [key, value] : file.metadata()) metadata[to_str(key)] = std::visit(ToPython(), value);
+  return metadata;
+}
+
+py::list to_strs(const std::vector<std::string>& strings) {
+  py::list list;
+  for (const std::string& s : strings) list.append(to_str(s));
+  return list;
+}
+
+// An array that owns memory which numpy need not allocate, so that too little of it is our error.
+py::array_t<uint8_t> own(std::unique_ptr<uint8_t[]> bytes, size_t n_bytes) {
+  uint8_t* data = bytes.get();
+  py::capsule owner(data, [](void* p) { delete[] static_cast<uint8_t*>(p); });
+  bytes.release();
+  return py::array_t<uint8_t>(py::ssize_t(n_bytes), data, owner);
+}
+
+py::array_t<uint8_t> read_tensor(const gguf::File& file, const std::string& name) {
+  const gguf::Tensor* tensor = file.find_tensor(name);
+  if (!tensor) throw BundleError(file.paths()[0], "tensor '" + name + "'", "not in this file");
+  std::unique_ptr<uint8_t[]> bytes;
+  {
+    const py::gil_scoped_release release;
+    bytes.reset(new uint8_t[tensor->n_bytes]);
+    file.read(*tensor, 0, tensor->n_bytes, bytes.get());
+  }
+  return own(std::move(bytes), tensor->n_bytes);
+}
+
+void bind_gguf(py::module_& m) {
+  using gguf::File, gguf::Tensor;
+  py::class_<Tensor>(m, "TensorInfo", "An entry of a GGUF file's tensor directory.")
+      .def_property_readonly("name", [](const Tensor& t) { return to_str(t.name); })
+      .def_readonly("type_id", &Tensor::type_id, "ggml type number")
+      .def_property_readonly("type_name", [](const Tensor& t) { return ggml_type_name(t.type_id); })
+      .def_property_readonly(
+          "shape", [](const Tensor& t) { return py::tuple(py::cast(t.shape)); }, "ggml order: the row length first")
+      .def_readonly("n_bytes", &Tensor::n_bytes)
+      .def_readonly("offset", &Tensor::offset, "bytes from the start of its shard")
+      .def_readonly("shard", &Tensor::shard, "index into GgufFile.paths");
+
+  py::class_<File, std::shared_ptr<File>>(m, "GgufFile", "A GGUF file, or all shards of one; checked when opened.")
+      .def(py::init([](const py::object& path) {
+             const std::string bytes = fs_path(path);
+             const py::gil_scoped_release release;
+             return std::make_shared<File>(bytes);
+           }),
+           "path"_a, "Raises FileError or BundleError.")
+      .def_property_readonly("paths", [](const File& f) { return to_strs(f.paths()); })
+      .def_property_readonly("version", &File::version)
+      .def_property_readonly("size_on_disk", &File::size_on_disk, "bytes, of all shards")
+      .def_property_readonly("warnings", [](const File& f) { return to_strs(f.warnings()); })
+      .def_property_readonly("metadata", &to_dict, "A new dict at each call, in the order of the file.")
+      .def_property_readonly("tensors", &File::tensors, "In the order of the file.")
+      .def("read", &read_tensor, "name"_a, "The tensor's bytes as they are in the file, uint8[n_bytes].");
+}
+
+// --- Kernels ---
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using TokenArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using ByteArray = py::array_t<uint8_t, py::array::c_style>;
+
+py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n_values) {
+  const Format* format = find_format(type_id);
+  if (!format) throw InputError("no format has the type number " + std::to_string(type_id));
+  if (n_values < 0 || n_values % format->block_values != 0 || size_t(data.size()) != format->row_bytes(n_values)) {
+    throw InputError(std::to_string(n_values) + " values of " + format->name + " do not take " + std::to_string(data.size()) + " bytes");
+  }
+  py::array_t<float> out(n_values);
+  format->dequantize(data.data(), n_values, out.mutable_data());
+  return out;
+}
+
+void expect_matrix(const FloatArray& x, int64_t n_columns) {
+  if (x.ndim() != 2 || x.shape(1) != n_columns) {
+    throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) + " dimensions and " +
+                     std::to_string(x.size()) + " values");
+  }
+}
+
+void bind_kernels(py::module_& m) {
+  py::class_<Format>(m, "FormatInfo", "A weight format that the decoder reads.")
+      .def_readonly("name", &Format::name)
+      .def_readonly("type_id", &Format::type_id, "ggml type number")
+      .def_readonly("block_values", &Format::block_values)
+      .def_readonly("block_bytes", &Format::block_bytes)
+      .def_readonly("is_float", &Format::is_float);
+  m.def("formats", [] {
+    int count = 0;
+    const Format* const* all = formats(&count);
+    py::list list;
+    for (int i = 0; i < count; ++i) list.append(py::cast(all[i], py::return_value_policy::reference));
+    return list;
+  });
+  m.def("isas", [] {
+    py::list names;
+    for (const KernelTable* table : usable_kernels()) names.append(table->name);
+    return names;
+  }, "Instruction sets that this build has and this CPU runs, best first.");
+  m.def("dequantize", &dequantize, "type_id"_a, "data"_a, "n_values"_a, "File blocks to floats, by the definition of the format.");
+  m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
+        py::call_guard<py::gil_scoped_release>());
+
+  py::class_<PanelMatrix>(m, "PackedMatrix", "Weights as the kernels read them; for tests and benchmarks.")
+      .def(py::init([](uint32_t type_id, const ByteArray& blocks, int64_t n_rows, int64_t n_columns) {
+             return pack_matrix(type_id, blocks.data(), size_t(blocks.size()), n_rows, n_columns);
+           }),
+           "type_id"_a, "blocks"_a, "n_rows"_a, "n_columns"_a)
+      .def_property_readonly("n_bytes", &PanelMatrix::n_bytes)
+      .def("row", [](const PanelMatrix& matrix, int64_t row, const std::string& isa) {
+        py::array_t<float> out(matrix.n_columns);
+        unpack_row(matrix, row, out.mutable_data(), isa);
+        return out;
+      }, "row"_a, "isa"_a = "")
+      .def("multiply", [](const PanelMatrix& matrix, const FloatArray& x, ThreadPool& pool, const std::string& isa) {
+        expect_matrix(x, matrix.n_columns);
+        py::array_t<float> out({x.shape(0), py::ssize_t(matrix.n_rows)});
+        float* to = out.mutable_data();
+        const float* from = x.data();
+        const int64_t n_tokens = x.shape(0);
+        const py::gil_scoped_release release;
+        if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
+        return out;
+      }, "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].");
+  py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
+}
+
+// --- Decoder ---
+
+// Calls a Python progress function and the signal handlers.  What they raise is kept and raised when C++ has unwound.
+class PythonProgress {
+ public:
+  explicit PythonProgress(py::object function) : function_(std::move(function)) {}
+
+  bool operator()(int64_t done, int64_t total) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) return keep_error();
+    if (function_.is_none()) return true;
+    try {
+      const py::object result = function_(done, total);
+      return result.is_none() || result.cast<bool>();
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return keep_error();
+    }
+  }
+
+  // Runs work() without the interpreter lock.
+  template <class Work>
+  void guard(Work&& work) {
+    try {
+      const py::gil_scoped_release release;
+      work();
+    } catch (const CancelledError&) {
+      if (!error_) throw;
+      throw py::error_already_set(std::move(*error_));
+    }
+  }
+
+ private:
+  bool keep_error() {
+    error_.emplace();  // fetches the error that Python has set
+    return false;
+  }
+
+  py::object function_;
+  std::optional<py::error_already_set> error_;
+};
+
+LogitsFor logits_for(const std::string& which) {
+  if (which == "none") return LogitsFor::kNone;
+  if (which == "last") return LogitsFor::kLast;
+  if (which == "all") return LogitsFor::kAll;
+  throw InputError("logits: expected none, last or all, got '" + which + "'");
+}
+
+KvType kv_type_of(const std::string& name) {
+  if (name == "f16") return KvType::kF16;
+  if (name == "f32") return KvType::kF32;
+  throw InputError("kv_type: expected f16 or f32, got '" + name + "'");
+}
+
+// Runs one of Session's extend functions and returns its logits, float32[0, 1 or n, vocab].
+template <class Extend>
+py::array_t<float> run(Session& session, int64_t n, const std::string& which_name, const py::object& progress, Extend&& extend) {
+  const LogitsFor which = logits_for(which_name);
+  const int64_t n_rows = which == LogitsFor::kNone ? 0 : which == LogitsFor::kLast ? std::min<int64_t>(n, 1) : n;
+  if (n > session.n_context()) throw InputError(std::to_string(n) + " tokens do not fit a context of " + std::to_string(session.n_context()));
+  py::array_t<float> logits({py::ssize_t(n_rows), py::ssize_t(session.config().vocab_size)});
+  PythonProgress python(progress);
+  float* out = logits.mutable_data();
+  python.guard([&] { extend(which, out, [&python](int64_t done, int64_t total) { return python(done, total); }); });
+  return logits;
+}
+
+void bind_config(py::module_& m) {
+  py::class_<RopeConfig>(m, "RopeConfig")
+      .def_readonly("n_dims", &RopeConfig::n_dims)
+      .def_readonly("base", &RopeConfig::base)
+      .def_readonly("interleaved", &RopeConfig::interleaved)
+      .def_readonly("position_scale", &RopeConfig::position_scale)
+      .def_readonly("attention_factor", &RopeConfig::attention_factor)
+      .def_readonly("factors_short", &RopeConfig::factors_short)
+      .def_readonly("factors_long", &RopeConfig::factors_long)
+      .def_readonly("original_context", &RopeConfig::original_context);
+  py::class_<ModelConfig>(m, "ModelConfig", "Hyperparameters; see csrc/decoder/config.h.")
+      .def_readonly("architecture", &ModelConfig::architecture)
+      .def_readonly("name", &ModelConfig::name)
+      .def_readonly("n_layers", &ModelConfig::n_layers)
+      .def_readonly("hidden_size", &ModelConfig::hidden_size)
+      .def_readonly("n_heads", &ModelConfig::n_heads)
+      .def_readonly("n_kv_heads", &ModelConfig::n_kv_heads)
+      .def_readonly("head_dim", &ModelConfig::head_dim)
+      .def_readonly("ffn_size", &ModelConfig::ffn_size)
+      .def_readonly("vocab_size", &ModelConfig::vocab_size)
+      .def_readonly("context_length", &ModelConfig::context_length, "trained")
+      .def_readonly("sliding_window", &ModelConfig::sliding_window, "0 is none")
+      .def_readonly("rms_epsilon", &ModelConfig::rms_epsilon)
+      .def_readonly("tied_head", &ModelConfig::tied_head)
+      .def_readonly("rope", &ModelConfig::rope);
+  m.def("read_config", &read_config, "file"_a, "Raises BundleError.");
+  m.def("weight_bytes", &weight_bytes, "file"_a, "config"_a, "Bytes that the weights will take in memory.");
+  m.def("kv_bytes", [](const ModelConfig& config, int64_t n_positions, const std::string& kv_type) {
+    return KvCache::bytes_for(config, n_positions, kv_type_of(kv_type));
+  }, "config"_a, "n_positions"_a, "kv_type"_a);
+  m.def("scratch_bytes", &Session::scratch_bytes, "config"_a, "Bytes that a session takes beside its KV cache.");
+  m.def("available_memory", [] { return available_memory(); }, "Bytes that this process can still take.");
+  m.def("require_memory", [](uint64_t weights, uint64_t kv_cache, uint64_t scratch, uint64_t available) {
+    require_memory({weights, kv_cache, scratch}, available);
+  }, "weights"_a, "kv_cache"_a, "scratch"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
+}
+
+void bind_decoder(py::module_& m) {
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights in memory, shared by sessions.")
+      .def(py::init([](const gguf::File& file, int n_threads, const std::string& isa, const py::object& progress) {
+             PythonProgress python(progress);
+             std::shared_ptr<Model> model;
+             python.guard([&] {
+               model = std::make_shared<Model>(
+                   file, n_threads, isa, [&python](uint64_t done, uint64_t total) { return python(int64_t(done), int64_t(total)); });
+             });
+             return model;
+           }),
+           "file"_a, "n_threads"_a, "isa"_a = "", "progress"_a = py::none(),
+           "progress(done, total), in bytes, may return False to cancel.")
+      .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
+      .def_property_readonly("weight_bytes", [](const Model& model) { return model.weights().n_bytes(); })
+      .def_property_readonly("isa", [](const Model& model) { return model.kernels().name; })
+      .def_property_readonly("n_threads", [](Model& model) { return model.pool().size(); });
+  py::class_<Session>(m, "Session", "One sequence and its KV cache.")
+      .def(py::init([](std::shared_ptr<Model> model, int64_t n_context, const std::string& kv_type) {
+             return std::make_unique<Session>(std::move(model), n_context, kv_type_of(kv_type));
+           }),
+           "model"_a, "n_context"_a, "kv_type"_a = "f16")
+      .def("extend", [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {
+        if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
+        return run(session, tokens.size(), logits, progress, [&](LogitsFor which, float* out, const ForwardProgress& forward) {
+          session.extend(tokens.data(), tokens.size(), which, out, forward);
+        });
+      }, "tokens"_a, "logits"_a = "last", "progress"_a = py::none(),
+           "Appends tokens; returns float32[0, 1 or n, vocab]. progress(done, total) may return False to cancel.")
+      .def("extend_embeddings", [](Session& session, const FloatArray& rows, const std::string& logits, const py::object& progress) {
+        expect_matrix(rows, session.config().hidden_size);
+        return run(session, rows.shape(0), logits, progress, [&](LogitsFor which, float* out, const ForwardProgress& forward) {
+          session.extend_embeddings(rows.data(), rows.shape(0), which, out, forward);
+        });
+      }, "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
+      .def("truncate", &Session::truncate, "n_tokens"_a)
+      .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
+      .def_property_readonly("n_tokens", &Session::n_tokens)
+      .def_property_readonly("n_context", &Session::n_context)
+      .def_property_readonly("kv_bytes", &Session::kv_bytes);
+}
+
+// --- Sampler ---
+
+void bind_sampler(py::module_& m) {
+  py::class_<SamplerOptions>(m, "SamplerOptions")
+      .def(py::init([](float temperature, int top_k, float top_p, float min_p, float repetition_penalty, float presence_penalty,
+                       float frequency_penalty, int penalty_window, std::vector<std::pair<int32_t, float>> logit_bias,
+                       uint64_t seed, int n_top, std::vector<int32_t> forbidden) {
+             return SamplerOptions{temperature,       top_k,          top_p,      min_p, repetition_penalty, presence_penalty,
+                                   frequency_penalty, penalty_window, std::move(logit_bias), seed, n_top, std::move(forbidden)};
+           }),
+           py::kw_only(), py::arg("temperature") = SamplerOptions{}.temperature, py::arg("top_k") = SamplerOptions{}.top_k,
+           py::arg("top_p") = SamplerOptions{}.top_p, py::arg("min_p") = SamplerOptions{}.min_p,
+           py::arg("repetition_penalty") = SamplerOptions{}.repetition_penalty,
+           py::arg("presence_penalty") = SamplerOptions{}.presence_penalty,
+           py::arg("frequency_penalty") = SamplerOptions{}.frequency_penalty,
+           py::arg("penalty_window") = SamplerOptions{}.penalty_window, py::arg("logit_bias") = SamplerOptions{}.logit_bias,
+           py::arg("seed") = SamplerOptions{}.seed, py::arg("n_top") = SamplerOptions{}.n_top,
+           py::arg("forbidden") = SamplerOptions{}.forbidden)
+      .def_readwrite("temperature", &SamplerOptions::temperature)
+      .def_readwrite("top_k", &SamplerOptions::top_k)
+      .def_readwrite("top_p", &SamplerOptions::top_p)
+      .def_readwrite("min_p", &SamplerOptions::min_p)
+      .def_readwrite("repetition_penalty", &SamplerOptions::repetition_penalty)
+      .def_readwrite("presence_penalty", &SamplerOptions::presence_penalty)
+      .def_readwrite("frequency_penalty", &SamplerOptions::frequency_penalty)
+      .def_readwrite("penalty_window", &SamplerOptions::penalty_window)
+      .def_readwrite("logit_bias", &SamplerOptions::logit_bias)
+      .def_readwrite("seed", &SamplerOptions::seed)
+      .def_readwrite("n_top", &SamplerOptions::n_top)
+      .def_readwrite("forbidden", &SamplerOptions::forbidden);
+  py::class_<Sample>(m, "Sample")
+      .def_readonly("token", &Sample::token)
+      .def_readonly("logprob", &Sample::logprob)
+      .def_readonly("top", &Sample::top);
+  py::class_<Sampler>(m, "Sampler")
+      .def(py::init<SamplerOptions, int64_t>(), py::arg("options"), py::arg("vocab_size"))
+      .def(
+          "sample",
+          [](Sampler& self, const FloatArray& logits) {
+            if (logits.ndim() != 1 || logits.shape(0) != self.vocab_size()) {
+              throw InputError("sample: expected " + std::to_string(self.vocab_size()) + " logits in one dimension, got " +
+                               std::to_string(logits.size()) + " in " + std::to_string(logits.ndim()));
+            }
+            const float* data = logits.data();
+            py::gil_scoped_release release;
+            return self.sample(data);
+          },
+          py::arg("logits"))
+      .def("accept", &Sampler::accept, py::arg("token"))
+      .def("reset", &Sampler::reset)
+      .def_property_readonly("vocab_size", &Sampler::vocab_size);
+}
+
+}  // namespace
+}  // namespace phi4edge
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled decoder of phi4edge.  Use the Python classes around it.";
+  py::register_local_exception_translator(&phi4edge::translate_error);
+  phi4edge::bind_gguf(m);
+  phi4edge::bind_kernels(m);
+  phi4edge::bind_config(m);
+  phi4edge::bind_decoder(m);
+  phi4edge::bind_sampler(m);
+}

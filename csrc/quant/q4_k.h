@@ -1,0 +1,119 @@
+// Q4_K: 256 values in 8 sub-blocks of 32; half super-scales, six-bit scales s and minimums m for each sub-block.
+//   w[i] = scale * s[j] * q[i] - minimum * m[j],  j = i / 32
+// Q5_K: the same with five-bit codes.
+#pragma once
+
+#include <cstring>
+
+#include "quant/half.h"
+#include "quant/planes.h"
+
+namespace phi4edge {
+
+// Twelve bytes hold eight pairs (s, m) of six bits.  Pairs 0-3: bytes j and 4 + j, low six bits.  Pairs 4-7: nibbles of byte
+// 8 + j (s low, m high), with their top two bits in the top bits of bytes j and 4 + j.
+struct SixBitPairs {
+  static void unpack(const uint8_t* bytes, uint8_t* s, uint8_t* m) {
+    for (int j = 0; j < 4; ++j) {
+      s[j] = bytes[j] & 63, m[j] = bytes[4 + j] & 63;
+      s[4 + j] = uint8_t((bytes[8 + j] & 15) | bytes[j] >> 6 << 4);
+      m[4 + j] = uint8_t(bytes[8 + j] >> 4 | bytes[4 + j] >> 6 << 4);
+    }
+  }
+
+  // Panel: scale halves, minimum halves, then the twelve bytes of every row as three lines.
+  static constexpr int kScaleBytes = 64 + 3 * kLineBytes;
+  static void pack(Half scale, Half minimum, const uint8_t* bytes, int row, uint8_t* area) {
+    reinterpret_cast<Half*>(area)[row] = scale;
+    reinterpret_cast<Half*>(area)[16 + row] = minimum;
+    for (int line = 0; line < 3; ++line) std::memcpy(area + 64 + line * kLineBytes + 4 * row, bytes + 4 * line, 4);
+  }
+  template <class V>
+  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
+    const auto d = V::load_half(area + 2 * row), dmin = V::load_half(area + 32 + 2 * row);
+    const auto s = V::load_ints(area + 64 + 4 * row), m = V::load_ints(area + 128 + 4 * row);
+    const auto x = V::load_ints(area + 192 + 4 * row);
+    for (int j = 0; j < 4; ++j) {
+      const auto s_high = V::or_(V::field(x, 8 * j, 15), V::shift_left(V::field(s, 8 * j + 6, 3), 4));
+      const auto m_high = V::or_(V::field(x, 8 * j + 4, 15), V::shift_left(V::field(m, 8 * j + 6, 3), 4));
+      V::store(scale + j * V::kRows, V::mul(d, V::to_float(V::field(s, 8 * j, 63))));
+      V::store(scale + (4 + j) * V::kRows, V::mul(d, V::to_float(s_high)));
+      V::store(minimum + j * V::kRows, V::mul(dmin, V::to_float(V::field(m, 8 * j, 63))));
+      V::store(minimum + (4 + j) * V::kRows, V::mul(dmin, V::to_float(m_high)));
+    }
+  }
+};
+
+struct Q4_K {
+  static constexpr const char* kName = "Q4_K";
+  static constexpr int kTypeId = 12, kValues = 256;
+  struct Block {
+    Half scale, minimum;
+    uint8_t pairs[12];
+    uint8_t q[128];  // for each 64 values: low nibbles are the first 32, high nibbles the last 32
+  };
+  static_assert(sizeof(Block) == 144);
+
+  static void dequantize(const Block& block, float* out) {
+    uint8_t q[kValues], s[8], m[8];
+    codes(block, q);
+    SixBitPairs::unpack(block.pairs, s, m);
+    for (int i = 0; i < kValues; ++i) {
+      out[i] = half_to_float(block.scale) * float(s[i / 32]) * float(q[i]) - half_to_float(block.minimum) * float(m[i / 32]);
+    }
+  }
+
+  using Codes = Planes<4, 0>;
+  static constexpr bool kSigned = false, kHasMin = true;
+  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = SixBitPairs::kScaleBytes;
+  static void codes(const Block& block, uint8_t* out) { split(block.q, out); }
+  static void pack_scales(const Block& block, int row, uint8_t* area) {
+    SixBitPairs::pack(block.scale, block.minimum, block.pairs, row, area);
+  }
+  template <class V>
+  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
+    SixBitPairs::scales<V>(area, row, scale, minimum);
+  }
+
+  static void split(const uint8_t* q, uint8_t* out) {
+    for (int i = 0; i < kValues; ++i) out[i] = q[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
+  }
+};
+
+struct Q5_K {
+  static constexpr const char* kName = "Q5_K";
+  static constexpr int kTypeId = 13, kValues = 256;
+  struct Block {
+    Half scale, minimum;
+    uint8_t pairs[12];
+    uint8_t high[32];  // bit j of byte l: top bit of value 32 j + l
+    uint8_t q[128];
+  };
+  static_assert(sizeof(Block) == 176);
+
+  static void dequantize(const Block& block, float* out) {
+    uint8_t q[kValues], s[8], m[8];
+    codes(block, q);
+    SixBitPairs::unpack(block.pairs, s, m);
+    for (int i = 0; i < kValues; ++i) {
+      out[i] = half_to_float(block.scale) * float(s[i / 32]) * float(q[i]) - half_to_float(block.minimum) * float(m[i / 32]);
+    }
+  }
+
+  using Codes = Planes<4, 1>;
+  static constexpr bool kSigned = false, kHasMin = true;
+  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = SixBitPairs::kScaleBytes;
+  static void codes(const Block& block, uint8_t* out) {
+    Q4_K::split(block.q, out);
+    for (int i = 0; i < kValues; ++i) out[i] = uint8_t(out[i] | (block.high[i % 32] >> (i / 32) & 1) << 4);
+  }
+  static void pack_scales(const Block& block, int row, uint8_t* area) {
+    SixBitPairs::pack(block.scale, block.minimum, block.pairs, row, area);
+  }
+  template <class V>
+  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
+    SixBitPairs::scales<V>(area, row, scale, minimum);
+  }
+};
+
+}  // namespace phi4edge

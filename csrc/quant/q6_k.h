@@ -1,0 +1,53 @@
+// Q6_K: 256 values in 16 sub-blocks of 16; a half super-scale and a signed byte scale s for each.
+//   w[i] = scale * s[i / 16] * (q[i] - 32)
+#pragma once
+
+#include <cstring>
+
+#include "quant/half.h"
+#include "quant/planes.h"
+
+namespace phi4edge {
+
+struct Q6_K {
+  static constexpr const char* kName = "Q6_K";
+  static constexpr int kTypeId = 14, kValues = 256;
+  struct Block {
+    uint8_t low[128];   // per 128 values: low nibbles are values 0-63, high nibbles 64-127
+    uint8_t high[64];   // per 128 values: bits 2 j, 2 j + 1 of byte l are the top of value 32 j + l
+    int8_t s[16];
+    Half scale;
+  };
+  static_assert(sizeof(Block) == 210);
+
+  static void dequantize(const Block& block, float* out) {
+    uint8_t q[kValues];
+    codes(block, q);
+    for (int i = 0; i < kValues; ++i) out[i] = half_to_float(block.scale) * float(block.s[i / 16]) * float(q[i] - 32);
+  }
+
+  using Codes = Planes<4, 2>;
+  static constexpr bool kSigned = false, kHasMin = false;
+  static constexpr int kOffsetBits = 5, kSub = 16, kScaleBytes = 4 * kLineBytes + 32;  // s: four lines; scale: 16 halves
+  static void codes(const Block& block, uint8_t* out) {
+    for (int i = 0; i < kValues; ++i) {
+      const int half = i / 128, v = i % 128;
+      const int low = block.low[64 * half + v % 64] >> (v / 64 * 4) & 15;
+      out[i] = uint8_t(low | (block.high[32 * half + v % 32] >> (v / 32 * 2) & 3) << 4);
+    }
+  }
+  static void pack_scales(const Block& block, int row, uint8_t* area) {
+    for (int line = 0; line < 4; ++line) std::memcpy(area + line * kLineBytes + 4 * row, block.s + 4 * line, 4);
+    reinterpret_cast<Half*>(area + 4 * kLineBytes)[row] = block.scale;
+  }
+  template <class V>
+  static void scales(const uint8_t* area, int row, float* scale, float*) {
+    const auto d = V::load_half(area + 4 * kLineBytes + 2 * row);
+    for (int j = 0; j < 16; ++j) {
+      const auto line = V::load_ints(area + j / 4 * kLineBytes + 4 * row);
+      V::store(scale + j * V::kRows, V::mul(d, V::to_float(V::signed_byte(line, j % 4))));
+    }
+  }
+};
+
+}  // namespace phi4edge

@@ -1,0 +1,101 @@
+"""An answer on its way to the user: streamed text, and what there is to tell about it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from phi4edge import machine
+from phi4edge.cli import output
+from phi4edge.cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from phi4edge.generation import Generation, GenerationConfig, TokenLogprob
+    from phi4edge.model import Message, Model
+    from phi4edge.tokenizer import Tokenizer
+
+
+def stream_answer(
+    model: Model, prompt: str | Sequence[Message] | Sequence[int], config: GenerationConfig, *, show: bool = True
+) -> Generation:
+    """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, even if interrupted."""
+    in_line = False
+    bar = ProgressBar("Reading the prompt")
+    with closing(bar), closing(model.stream(prompt, config, progress=bar)) as pieces:
+        try:
+            for piece in pieces:
+                bar.close()
+                if show and piece.text:
+                    in_line = not piece.text.endswith("\n")
+                    output.write_text(piece.text)
+        except BrokenPipeError:
+            in_line = False  # nobody reads it
+            raise
+        finally:
+            bar.close()
+            if in_line:
+                output.write_text("\n")
+    assert model.last is not None
+    return model.last
+
+
+def answer_as_json(answer: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The answer as ``--json`` prints it."""
+    document: dict[str, Any] = {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "cached_tokens": answer.usage.cached_tokens,
+            "completion_tokens": answer.usage.completion_tokens,
+        },
+        "timings": {
+            "load_seconds": answer.timings.load_seconds,
+            "prefill_seconds": answer.timings.prefill_seconds,
+            "first_token_seconds": answer.timings.first_token_seconds,
+            "decode_seconds": answer.timings.decode_seconds,
+            "prefill_tokens_per_second": answer.timings.prefill_rate,
+            "decode_tokens_per_second": answer.timings.decode_rate,
+        },
+        "peak_memory_bytes": machine.peak_memory(),
+    }
+    if answer.logprobs:
+        document["logprobs"] = [_logprob_as_json(step, tokenizer) for step in answer.logprobs]
+    return document
+
+
+def stats_lines(answer: Generation) -> list[str]:
+    """Counts and speeds, for people."""
+    usage, timings = answer.usage, answer.timings
+    cached = f" ({usage.cached_tokens} known already)" if usage.cached_tokens else ""
+    lines = [
+        f"prompt  {usage.prompt_tokens} tokens{cached}, {timings.prefill_seconds:.2f} s, "
+        f"{timings.prefill_rate:.1f} tokens/s; first token after {timings.first_token_seconds:.2f} s",
+        f"answer  {usage.completion_tokens} tokens, {timings.decode_seconds:.2f} s, "
+        f"{timings.decode_rate:.1f} tokens/s; finish: {answer.finish_reason}",
+    ]
+    peak = machine.peak_memory()
+    memory = "" if peak is None else f"; memory {output.bytes_text(peak)} at most"
+    return [*lines, f"loaded in {timings.load_seconds:.2f} s{memory}"]
+
+
+def logprob_lines(steps: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[str]:
+    """One line per token: the token, its log probability, and the likeliest tokens there."""
+    return [
+        f"{tokenizer.token_text(step.token)!r} {step.logprob:.4f}  "
+        + " ".join(f"{tokenizer.token_text(token)!r}:{logprob:.4f}" for token, logprob in step.top)
+        for step in steps
+    ]
+
+
+def _logprob_as_json(step: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "token": step.token,
+        "text": tokenizer.token_text(step.token),
+        "logprob": step.logprob,
+        "top": [
+            {"token": token, "text": tokenizer.token_text(token), "logprob": logprob} for token, logprob in step.top
+        ],
+    }

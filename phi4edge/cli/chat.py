@@ -1,0 +1,59 @@
+"""``phi4edge chat``: a conversation in the terminal, or line by line from a pipe."""
+
+from __future__ import annotations
+
+from phi4edge.cli import errors, output
+from phi4edge.cli.conversation import Conversation
+from phi4edge.cli.loading import load_model
+from phi4edge.cli.options import Context, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.cli.terminal import Reader, open_reader
+
+EXAMPLES = """
+    phi4edge chat model.gguf
+    phi4edge chat model.gguf --system "You are a patient teacher." --temperature 0.7
+    printf 'Hello!\\nWhat did I just say?\\n' | phi4edge chat model.gguf
+"""
+
+
+def chat(
+    model: ModelPath,
+    sampling: Sampling,
+    runtime: Runtime,
+    system: System = None,
+    context: Context = None,
+    stats: Stats = False,
+) -> None:
+    """Talk with a model; /help lists the commands."""
+    config = sampling.config()
+    with load_model(model, runtime, context=context) as loaded:
+        reader = open_reader()
+        if reader.interactive:
+            output.hint(f"{loaded.config.name or model}; /help lists the commands, Ctrl-D leaves")
+        converse(reader, Conversation(loaded, config, system=system, stats=stats))
+
+
+def converse(reader: Reader, conversation: Conversation) -> None:
+    """Reads and answers until the user leaves.
+
+    An error ends the conversation only when nobody is there to try again.
+    """
+    while not conversation.finished:
+        try:
+            text = reader.read()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not reader.interactive:
+                raise
+            output.hint("Ctrl-D leaves")
+            continue
+        try:
+            conversation.handle(text)
+        except KeyboardInterrupt:
+            if not reader.interactive:
+                raise
+        except Exception as error:
+            known = errors.known_error(error)
+            if known is None or not reader.interactive:
+                raise
+            output.note(f"phi4edge: error: {known}")

@@ -1,0 +1,171 @@
+"""Options that several commands share, and how a command takes a whole group of them.
+
+A group is a dataclass with one field per option.  A command that went through :func:`expand` and has a parameter of
+such a type gets all of its options::
+
+    def run(model: ModelPath, sampling: Sampling, runtime: Runtime) -> None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from phi4edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from phi4edge.generation import GenerationConfig
+
+_ANSWER, _CHOICE, _MACHINE = "The answer", "How tokens are chosen", "The machine"
+
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or the first of its shards.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        "-c",
+        metavar="TOKENS",
+        help="Room for the prompt and the answer. [default: 4096, or the model's maximum if that is less]",
+        rich_help_panel=_MACHINE,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", "-s", metavar="TEXT", help="Instructions the model gets first.", rich_help_panel=_ANSWER),
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print counts and speeds on standard error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+class KvType(str, Enum):
+    """What keys and values of past tokens are stored as."""
+
+    f16 = "f16"
+    f32 = "f32"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the model runs."""
+
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            "-t",
+            metavar="N",
+            help="Threads to compute with. [default: one per physical core]",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None
+    kv_type: Annotated[
+        KvType,
+        typer.Option(help="How past keys and values are stored; f16 takes half the memory.", rich_help_panel=_MACHINE),
+    ] = KvType.f16
+    isa: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Instruction set to use, as 'phi4edge version' lists them. [default: the best this processor has]",
+            rich_help_panel=_MACHINE,
+            show_default=False,
+        ),
+    ] = ""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The fields of :class:`phi4edge.generation.GenerationConfig` that the command line offers, with its defaults."""
+
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", help="Longest answer.", rich_help_panel=_ANSWER)
+    ] = 512
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before this text; may be repeated.", rich_help_panel=_ANSWER),
+    ] = None
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="X", help="0 always takes the likeliest token.", rich_help_panel=_CHOICE),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        typer.Option(metavar="N", help="Choose among the N likeliest; 0 among all.", rich_help_panel=_CHOICE),
+    ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="X", help="Choose among the likeliest that sum to X.", rich_help_panel=_CHOICE),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(metavar="X", help="Leave out those below X times the likeliest.", rich_help_panel=_CHOICE),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="Make recent tokens less likely; 1 is off.", rich_help_panel=_CHOICE),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="Subtract X from recent tokens' logits.", rich_help_panel=_CHOICE),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="Subtract X for each recent use of a token.", rich_help_panel=_CHOICE),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Make a temperature above 0 repeatable.", rich_help_panel=_CHOICE),
+    ] = None
+    logprobs: Annotated[
+        int,
+        typer.Option(metavar="N", help="Show the N likeliest tokens at each step.", rich_help_panel=_CHOICE),
+    ] = 0
+
+    def config(self) -> GenerationConfig:
+        """These options as the library takes them; an error names the option."""
+        from phi4edge.generation import GenerationConfig
+
+        values = asdict(self) | {"stop": tuple(self.stop or ())}
+        try:
+            return GenerationConfig(**values)
+        except UsageError as error:
+            field = f"--{error.field.replace('_', '-')}" if error.field in values else error.field
+            raise UsageError(error.problem, path=error.path, field=field, hint=error.hint) from None
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with each parameter that is a group of options replaced by the options of the group."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _options_of(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]

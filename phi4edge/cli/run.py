@@ -1,0 +1,92 @@
+"""``phi4edge run``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi4edge.cli import answers, output
+from phi4edge.cli.loading import load_model
+from phi4edge.cli.options import Context, Json, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from phi4edge.model import Message
+
+EXAMPLES = """
+    phi4edge run model.gguf "Why is the sky blue?"
+    phi4edge run model.gguf "Write a haiku" --temperature 0.8 --seed 7
+    git diff | phi4edge run model.gguf --system "Summarize this change in one line."
+    phi4edge run model.gguf - --json < question.txt
+    phi4edge run model.gguf --raw "Once upon a time" --max-tokens 64
+"""
+
+_LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and an end to `yes | phi4edge run`
+
+
+def run(
+    model: ModelPath,
+    sampling: Sampling,
+    runtime: Runtime,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What to ask; '-', or nothing in a pipe, reads standard input."),
+    ] = None,
+    system: System = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            help="No chat template: the model continues the prompt, in which special tokens count.",
+            rich_help_panel="The answer",
+        ),
+    ] = False,
+    context: Context = None,
+    stats: Stats = False,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt."""
+    if raw and system is not None:
+        raise UsageError("a raw prompt has no place for a system message", field="--system", hint="leave it out")
+    config = sampling.config()
+    text = read_prompt(prompt)
+    with load_model(model, runtime, context=context) as loaded:
+        ready: list[int] | list[Message]
+        if raw:
+            ready = loaded.tokenizer.encode(text, special=True)
+        else:
+            ready = [{"role": "system", "content": clean(system)}] if system is not None else []
+            ready = [*ready, {"role": "user", "content": text}]
+        answer = answers.stream_answer(loaded, ready, config, show=not as_json)
+        if as_json:
+            output.write_json({"model": model, **answers.answer_as_json(answer, loaded.tokenizer)})
+        else:
+            for line in answers.logprob_lines(answer.logprobs, loaded.tokenizer):
+                output.note(line)
+            if answer.finish_reason == "length":
+                output.hint("[cut; --max-tokens or --context allow more]")
+        for line in answers.stats_lines(answer) if stats else ():
+            output.note(line)
+
+
+def read_prompt(argument: str | None) -> str:
+    """The prompt from the command line, or from standard input for ``-`` and in a pipe."""
+    if argument is not None and argument != "-":
+        text = clean(argument)
+    elif argument is None and sys.stdin.isatty():
+        raise UsageError("there is no prompt", hint="give one after the model, or pipe one in")
+    else:
+        data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
+        if len(data) > _LONGEST_PROMPT:
+            raise InputError(f"the prompt is longer than {output.bytes_text(_LONGEST_PROMPT)}", path="standard input")
+        text = data.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError("the prompt is empty", hint="give one after the model, or pipe one in")
+    return text
+
+
+def clean(argument: str) -> str:
+    """A command-line argument as valid Unicode: bytes that were not UTF-8 become U+FFFD."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,687 @@
+"""The command line as its users meet it: processes, pipes, signals and terminals."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_models import tiny_gguf
+
+from phi4edge import machine
+from phi4edge.cli import main
+from phi4edge.cli.options import Sampling
+from phi4edge.generation import GenerationConfig
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "phi4edge"]
+COMMANDS = ("run", "chat", "info", "bench", "version")
+DEADLINE = 60.0  # seconds; a test that waits this long has failed
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_gguf(tmp_path_factory.mktemp("cli")))
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that writes for minutes."""
+    path = tiny_gguf(tmp_path_factory.mktemp("cli"), context=200_000, layers=6)
+    return ["run", str(path), "the cat", "--context", "150000", "--max-tokens", "140000"]
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder of this test's own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def run(*arguments: str, text: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    options["env"] = os.environ | options.get("env", {})
+    return subprocess.run(
+        [*COMMAND, *arguments], input=text, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, **options
+    )
+
+
+def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options
+    )
+
+
+def is_one_error_line(text: str) -> bool:
+    return text.count("\n") == 1 and text.startswith("phi4edge: error: ") and "Traceback" not in text
+
+
+# --- help and version
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "Examples:\n" in done.stdout
+    assert f"  phi4edge {command}" in done.stdout
+
+
+def test_the_help_of_run_lists_all_options() -> None:
+    shown = run("run", "-h").stdout
+    offered = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Sampling)}
+    for option in offered | {"--json", "--system", "--raw", "--context", "--threads", "--kv-type", "--isa", "--stats"}:
+        assert option in shown
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    heavy = "('rich', 'numpy', 'prompt_toolkit', 'phi4edge._core', 'phi4edge.model', 'jinja2')"
+    code = f"import sys\nfrom phi4edge.cli import main\nmain(['run', '-h'])\nassert not set({heavy}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=DEADLINE)
+
+
+def test_no_command_shows_the_commands_on_standard_error() -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "")
+    for command in COMMANDS:
+        assert f"  {command} " in done.stderr
+
+
+def test_version_for_people_and_for_programs() -> None:
+    short = run("--version")
+    assert (short.returncode, short.stderr) == (0, "")
+    assert re.fullmatch(r"phi4edge \d+\.\d+\.\d+\S*\n", short.stdout)
+    assert run("version").stdout.startswith(short.stdout)
+    facts = json.loads(run("version", "--json").stdout)
+    assert short.stdout.split()[1] == facts["version"]
+    assert facts["isas"][-1] == "scalar"
+
+
+def test_the_defaults_of_the_options_are_those_of_the_library() -> None:
+    ours, theirs = Sampling(), GenerationConfig()
+    for field in dataclasses.fields(Sampling):
+        assert (getattr(ours, field.name) or None) == (getattr(theirs, field.name) or None), field.name
+    assert Sampling().config() == theirs
+
+
+# --- run
+
+
+def test_run_prints_the_answer_alone(model: str) -> None:
+    done = run("run", model, "the cat sat", "--max-tokens", "8")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.endswith("\n")
+
+
+def test_run_json_has_the_answer_and_its_costs(model: str) -> None:
+    done = run("run", model, "the cat sat", "-n", "8", "--json", "--logprobs", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert answer["model"] == model
+    assert answer["finish_reason"] in ("stop", "length")
+    assert len(answer["tokens"]) == answer["usage"]["completion_tokens"] <= 8
+    assert answer["usage"]["prompt_tokens"] > 0
+    assert answer["timings"]["decode_tokens_per_second"] > 0
+    assert answer["peak_memory_bytes"] > 1 << 20
+    assert len(answer["logprobs"]) == len(answer["tokens"])
+    assert all(step["logprob"] <= 0 and len(step["top"]) == 2 for step in answer["logprobs"])
+
+
+def test_run_text_and_json_are_the_same_answer(model: str) -> None:
+    arguments = ("run", model, "the cat sat", "-n", "16", "--temperature", "0.9", "--seed", "7", "--top-k", "40")
+    text = run(*arguments).stdout
+    answer = json.loads(run(*arguments, "--json").stdout)
+    assert text.removesuffix("\n") == answer["text"].removesuffix("\n")
+
+
+def test_the_prompt_can_come_from_standard_input(model: str) -> None:
+    given = run("run", model, "the cat sat", "-n", "8")
+    assert run("run", model, "-n", "8", text="the cat sat\n").stdout == given.stdout
+    assert run("run", model, "-", "-n", "8", text="the cat sat\r\n").stdout == given.stdout
+    assert run("run", model, "the cat sat", "-n", "8", text="ignored").stdout == given.stdout
+
+
+def test_raw_and_system_change_the_prompt(model: str) -> None:
+    def n_prompt(*options: str) -> int:
+        return int(
+            json.loads(run("run", model, "the cat", "-n", "1", "--json", *options).stdout)["usage"]["prompt_tokens"]
+        )
+
+    assert n_prompt("--raw") < n_prompt() < n_prompt("--system", "the station")
+
+
+def test_stats_and_logprobs_are_on_standard_error(model: str) -> None:
+    done = run("run", model, "the cat", "-n", "3", "--stats", "--logprobs", "1")
+    assert "tokens/s" in done.stderr
+    assert "tokens/s" not in done.stdout
+    assert done.stdout == run("run", model, "the cat", "-n", "3").stdout
+
+
+def test_bytes_that_are_not_text_do_not_end_the_program(model: str) -> None:
+    arguments: list[Any] = [*COMMAND, "run", model, b"caf\xe9 \xff", "-n", "2"]
+    assert subprocess.run(arguments, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=DEADLINE).returncode == 0
+    piped = subprocess.run([*COMMAND, "run", model, "-n", "2"], cwd=ROOT, input=b"\xff\xfe\x00", timeout=DEADLINE)
+    assert piped.returncode == 0
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "MODEL", "hi", "--temperature", "-1"], 2, "--temperature"),
+        (["run", "MODEL", "hi", "--max-tokens", "many"], 2, "--max-tokens"),
+        (["run", "MODEL", "hi", "--kv-type", "q1"], 2, "--kv-type"),
+        (["run", "MODEL", "hi", "--context", "0"], 2, "context"),
+        (["run", "MODEL", "hi", "--nonsense"], 2, "--nonsense"),
+        (["run", "MODEL", "hi", "--raw", "--system", "x"], 2, "--system"),
+        (["run"], 2, "MODEL"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["info", "MODEL", "--context", "-5"], 2, "context"),
+        (["bench", "MODEL", "-p", "0"], 2, "--prompt-tokens"),
+        (["run", "/nonexistent/model.gguf", "hi"], 3, "/nonexistent/model.gguf"),
+        (["run", "/", "hi"], 3, "/"),
+        (["info", "/nonexistent/model.gguf"], 3, "/nonexistent/model.gguf"),
+        (["chat", "/nonexistent/model.gguf"], 3, "/nonexistent/model.gguf"),
+        (["bench", "/nonexistent/model.gguf"], 3, "/nonexistent/model.gguf"),
+        (["run", __file__, "hi"], 4, "test_cli.py"),
+        (["info", __file__], 4, "test_cli.py"),
+        (["run", "MODEL", ""], 4, "empty"),
+        (["run", "MODEL"], 4, "empty"),  # standard input is empty
+        (["run", "MODEL", "hi", "--isa", "z80"], 9, "z80"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else None,
+)
+def test_an_error_is_one_line_and_its_own_exit_code(
+    model: str,
+    arguments: list[str],
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert is_one_error_line(err), err
+    assert says in err
+    if arguments[0] in ("run", "info", "bench"):
+        assert main([arguments[0], "--json", *arguments[1:]]) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert set(json.loads(out)["error"]) == {"code", "message", "field", "path", "hint"}
+
+
+def test_the_exit_code_reaches_the_shell(model: str) -> None:
+    for arguments, code in (
+        (["run", model, "hi", "--top-p", "x"], 2),
+        (["info", "/nonexistent"], 3),
+        (["info", __file__], 4),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert is_one_error_line(done.stderr)
+
+
+def test_a_context_larger_than_the_memory_is_exit_code_6(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, context=2_000_000_000)
+    done = run("run", str(path), "hi", "--context", "2000000000")
+    assert done.returncode == 6, done.stderr
+    assert is_one_error_line(done.stderr)
+
+
+def test_a_full_disk_is_exit_code_5(model: str) -> None:
+    for option in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            command = [*COMMAND, "run", model, "hi", "-n", "2", *option]
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=DEADLINE,
+            )
+        assert done.returncode == 5
+        assert is_one_error_line(done.stderr)
+
+
+def test_a_prompt_without_an_end_is_refused(model: str) -> None:
+    with Path("/dev/zero").open() as zeros:
+        done = subprocess.run([*COMMAND, "run", model], cwd=ROOT, stdin=zeros, capture_output=True, timeout=DEADLINE)
+    assert done.returncode == 4
+
+
+def test_our_own_bug_asks_for_a_report(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "clamp_threads", lambda requested: 1 // 0)
+    assert main(["run", model, "hi"]) == 70
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "report" in err and "ZeroDivisionError" in err
+    assert main(["run", model, "hi", "--json"]) == 70
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "internal_error"
+    monkeypatch.setenv("PHI4EDGE_DEBUG", "1")
+    assert main(["run", model, "hi"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_U7_without_the_compiled_module_is_exit_code_9(model: str) -> None:
+    code = (
+        "import sys; sys.modules['phi4edge._core'] = None\n"
+        f"from phi4edge.cli import main; sys.exit(main(['run', {model!r}, 'hi']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 9
+    assert is_one_error_line(done.stderr)
+
+
+def test_a_newline_in_a_name_does_not_make_two_lines() -> None:
+    done = run("info", "no\nsuch\x1b[31m.gguf")
+    assert done.returncode == 3
+    assert is_one_error_line(done.stderr)
+    assert "\x1b" not in done.stderr
+
+
+# --- U1: streams that are closed, narrow or plain
+
+
+def test_U1_a_reader_that_leaves_is_not_an_error(endless: list[str]) -> None:
+    process = start(endless)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(DEADLINE) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    process.communicate()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_U1_closed_streams(model: str, closed: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, "run", model, "the cat", "-n", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+PLAIN = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "20"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("environment", [PLAIN, ASCII, PLAIN | ASCII], ids=["plain", "ascii", "both"])
+def test_U1_any_environment(model: str, environment: dict[str, str]) -> None:
+    for arguments in (["run", model, "café", "-n", "20"], ["info", model], ["run", "--help"], ["version"]):
+        done = run(*arguments, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\x1b" not in done.stdout
+    answer = json.loads(run("run", model, "café", "-n", "20", "--json", env=environment).stdout)
+    assert answer["text"] == json.loads(run("run", model, "café", "-n", "20", "--json").stdout)["text"]
+
+
+# --- U6: signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_U6_a_signal_while_answering(endless: list[str], number: signal.Signals, code: int) -> None:
+    process = start(endless)
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code
+    assert (first + out).endswith("\n")
+    assert err == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_U6_a_signal_while_reading_a_long_prompt(endless: list[str], number: signal.Signals, code: int) -> None:
+    process = start([*endless[:2], "-", *endless[3:]])
+    assert process.stdin is not None
+    process.stdin.write("the cat sat on the mat " * 4000)
+    process.stdin.close()
+    process.stdin = None
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    asked = time.monotonic()
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (code, "", "")
+    assert time.monotonic() - asked < 5
+
+
+def test_U6_a_signal_at_any_time_leaves_no_traceback(endless: list[str]) -> None:
+    for delay in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8):
+        process = start(endless)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE)
+        if delay > 0.15:  # before that Python itself may still be starting, which we cannot make quiet
+            assert process.returncode in (130, -signal.SIGINT)
+            assert "Traceback" not in err, f"after {delay} s"
+
+
+def test_U6_an_interrupted_json_answer_is_json(endless: list[str]) -> None:
+    process = start([*endless, "--json"])
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 130
+    assert json.loads(out)["error"]["code"] == "cancelled"
+
+
+# --- U8: threads
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "10000"])
+def test_U8_impossible_threads_are_clamped_with_a_warning(model: str, threads: str) -> None:
+    done = run("run", model, "the cat", "-n", "2", "--threads", threads)
+    assert done.returncode == 0
+    assert done.stderr.startswith("phi4edge: warning: --threads")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_U8_affinity_limits_the_threads(model: str) -> None:
+    one = {min(os.sched_getaffinity(0))}
+    limited = {"preexec_fn": lambda: os.sched_setaffinity(0, one)}
+    done = run("bench", model, "-p", "8", "-n", "2", "-r", "1", "-t", "2", "--json", **limited)
+    assert json.loads(done.stdout)["threads"] == 1
+    assert "--threads" in done.stderr
+
+
+# --- info and bench
+
+
+def test_info_tells_what_the_file_is(model: str) -> None:
+    done = run("info", model)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("phi3", "n_layers", "F32", "32.00 bits per weight", "512 tokens", "<|endoftext|>", "available now"):
+        assert text in done.stdout
+    assert "blk.0.attn_qkv.weight" not in done.stdout
+    assert "blk.0.attn_qkv.weight" in run("info", model, "--tensors").stdout
+
+
+def test_info_json_knows_the_memory_for_a_context(model: str) -> None:
+    short, long = (
+        json.loads(run("info", model, "--json", "--context", context).stdout)["memory"] for context in ("512", "1024")
+    )
+    assert long["kv_cache_bytes"] == 2 * short["kv_cache_bytes"]
+    parts = long["weights_bytes"] + long["kv_cache_bytes"] + long["scratch_bytes"]
+    assert long["total_bytes"] == parts
+    assert long["fits"] is True
+    wide = json.loads(run("info", model, "--json", "--context", "1024", "--kv-type", "f32").stdout)["memory"]
+    assert wide["kv_cache_bytes"] == 2 * long["kv_cache_bytes"]
+
+
+def test_info_json_adds_up(model: str) -> None:
+    found = json.loads(run("info", model, "--json", "--tensors").stdout)
+    assert found["architecture"] == "phi3"
+    assert found["hyperparameters"]["hidden_size"] == 256
+    assert sum(share["n_tensors"] for share in found["types"]) == len(found["tensors"])
+    assert sum(share["n_values"] for share in found["types"]) == found["n_parameters"]
+    assert found["tokenizer"]["special_ids"]["eos"]["text"] == "<|endoftext|>"
+    assert found["metadata"]["tokenizer.ggml.tokens"] == {"items": 512}
+
+
+def test_info_says_when_it_does_not_fit(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, context=2_000_000_000)
+    done = run("info", str(path), "--context", "2000000000")
+    assert done.returncode == 0
+    assert "more than is available" in done.stdout
+
+
+def test_bench_measures(model: str) -> None:
+    done = run("bench", model, "-p", "40", "-n", "5", "-r", "3", "-t", "1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    for name in ("prefill", "decode"):
+        assert len(record[name]["all"]) == 3
+        assert 0 < record[name]["median"] <= record[name]["best"]
+        assert record[name]["unit"] == "tokens/s"
+    assert record["threads"] == 1
+    assert 0 < record["first_token"]["best"] <= record["first_token"]["median"]
+    assert record["bytes_per_token"] > 0
+    assert record["memory_bytes_per_second"] > 1e8
+    assert record["peak_memory_bytes"] > 1 << 20
+    assert "tokens/s median" in run("bench", model, "-p", "8", "-n", "2", "-r", "1").stdout
+
+
+# --- chat, from a pipe
+
+
+def test_chat_answers_line_by_line(model: str) -> None:
+    done = run("chat", model, "-n", "4", text="the cat\n/stats\nthe mat\n/stats\n\n/exit\nnever read\n")
+    assert done.returncode == 0
+    counts = re.findall(r"prompt  (\d+) tokens", done.stderr)
+    assert len(counts) == 2
+    assert int(counts[1]) > int(counts[0])  # the second prompt has the first in it
+    assert "known already" in done.stderr
+
+
+def test_chat_commands(model: str) -> None:
+    typed = "/system\n/system Be brief.\n/regen\n/stats\n/help\n/nonsense\n//slash\n/regen\n/clear\n/regen\n"
+    done = run("chat", model, "-n", "4", text=typed)
+    assert done.returncode == 0
+    for told in (
+        "There is no system message.",
+        "System message: Be brief.",
+        "There is nothing to answer yet.",
+        "There is no answer yet.",
+        "/regen          answer the last message again",
+        "There is no command /nonsense",
+        "The conversation is empty.",
+    ):
+        assert told in done.stderr
+    once = run("chat", model, "-n", "4", "--system", "Be brief.", text="//slash\n").stdout
+    assert done.stdout == 2 * once  # the answer and the same one again
+
+
+def test_chat_in_a_pipe_ends_at_the_first_error(model: str) -> None:
+    done = run("chat", model, "--context", "64", "-n", "4", text="the cat " * 500 + "\nthe mat\n")
+    assert done.returncode == 4
+    assert is_one_error_line(done.stderr)
+
+
+# --- chat, on a terminal
+
+
+class Terminal:
+    """A process on a pseudo-terminal of its own."""
+
+    def __init__(self, arguments: list[str], *, columns: int = 80, **environment: str) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.settings = termios.tcgetattr(self.slave)
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def expect(self, pattern: str) -> None:
+        """Waits for text on the screen, and forgets what came before its end."""
+        self._read_until(lambda: re.search(pattern, self.shown) is not None, pattern)
+        found = re.search(pattern, self.shown)
+        assert found is not None
+        self.shown = self.shown[found.end() :]
+
+    def wait(self) -> int:
+        """The exit code; the terminal is as it was before."""
+        self._read_until(lambda: self.process.poll() is not None, "the end")
+        assert termios.tcgetattr(self.slave) == self.settings
+        assert "Traceback" not in self.shown
+        return self.process.wait()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def _read_until(self, is_done: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not is_done():
+            assert time.monotonic() < deadline, f"waited for {what}, saw {self.shown!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.master, 65536).decode(errors="replace")
+                except OSError as error:
+                    assert error.errno == errno.EIO
+
+
+@pytest.fixture
+def open_terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def open_one(*arguments: str, **options: Any) -> Terminal:
+        opened.append(Terminal(list(arguments), **options))
+        return opened[-1]
+
+    yield open_one
+    for terminal in opened:
+        terminal.close()
+
+
+@pytest.mark.parametrize("columns", [80, 20])
+def test_chat_on_a_terminal(open_terminal: Callable[..., Terminal], model: str, state: Path, columns: int) -> None:
+    terminal = open_terminal("chat", model, "-n", "5", columns=columns)
+    terminal.expect("> ")
+    terminal.type("the cat\r")
+    terminal.expect("> ")
+    terminal.type("/stats\r")
+    terminal.expect("tokens/s")
+    terminal.type("one\x1b\rtwo\r")  # Alt-Enter
+    terminal.expect("> ")
+    terminal.type("\x1b[200~three\nfour\x1b[201~\r")  # a paste
+    terminal.expect("> ")
+    terminal.type("half a line\x03")  # Ctrl-C empties the line
+    terminal.expect("Ctrl-D")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+    lines = (state / "phi4edge" / "chat-history").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == ["the cat", "/stats", "one\ntwo", "three\nfour"]
+
+
+def test_chat_ctrl_c_stops_the_answer_only(open_terminal: Callable[..., Terminal], endless: list[str]) -> None:
+    terminal = open_terminal("chat", endless[1], *endless[3:])
+    terminal.expect("> ")
+    terminal.type("the cat\r")
+    terminal.expect(r"the cat\W+\w+")
+    time.sleep(0.5)
+    terminal.type("\x03")
+    terminal.expect("> ")
+    terminal.type("/stats\r")
+    terminal.expect("finish: cancelled")
+    terminal.type("/exit\r")
+    assert terminal.wait() == 0
+
+
+def test_chat_goes_on_after_an_error(open_terminal: Callable[..., Terminal], model: str) -> None:
+    terminal = open_terminal("chat", model, "--context", "64", "-n", "4")
+    terminal.expect("> ")
+    terminal.type("\x1b[200~" + "the cat " * 200 + "\x1b[201~\r")
+    terminal.expect("phi4edge: error: ")
+    terminal.type("the mat\r")
+    terminal.expect("> ")
+    terminal.type("/stats\r")
+    terminal.expect("answer  [1-4] tokens")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_chat_on_a_dumb_terminal(open_terminal: Callable[..., Terminal], model: str) -> None:
+    terminal = open_terminal("chat", model, "-n", "4", TERM="dumb")
+    terminal.expect("> ")
+    terminal.type("the cat\r")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+    assert "\x1b" not in terminal.shown
+
+
+def test_chat_ends_on_sigterm_with_the_terminal_restored(open_terminal: Callable[..., Terminal], model: str) -> None:
+    terminal = open_terminal("chat", model)
+    terminal.expect("> ")
+    time.sleep(0.5)
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.wait() == 143
+
+
+def test_U4_a_damaged_history_is_kept_aside(open_terminal: Callable[..., Terminal], model: str, state: Path) -> None:
+    history = state / "phi4edge" / "chat-history"
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b'"earlier"\n\x00\xff not json\n')
+    terminal = open_terminal("chat", model, "-n", "2")
+    terminal.expect("damaged; kept as chat-history.bak")
+    terminal.expect("> ")
+    terminal.type("/help\r")
+    terminal.expect("/regen")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+    assert history.with_name("chat-history.bak").read_bytes().startswith(b'"earlier"\n\x00')
+    assert history.read_text() == '"/help"\n'
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_U2_a_history_that_cannot_be_written_is_a_warning(
+    open_terminal: Callable[..., Terminal], model: str, state: Path
+) -> None:
+    state.write_text("a file where the folder should be")
+    terminal = open_terminal("chat", model, "-n", "2")
+    terminal.expect("> ")
+    terminal.type("/help\r")
+    terminal.expect("not remembered")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_chat_remembers_earlier_lines(open_terminal: Callable[..., Terminal], model: str, state: Path) -> None:
+    history = state / "phi4edge" / "chat-history"
+    history.parent.mkdir(parents=True)
+    history.write_text('"the first"\n"the second"\n')
+    terminal = open_terminal("chat", model, "-n", "2")
+    terminal.expect("> ")
+    time.sleep(0.5)
+    terminal.type("\x1b[A\x1b[A")  # twice up
+    terminal.expect("the first")
+    terminal.type("\x03\x04")
+    assert terminal.wait() == 0
+
+
+def test_a_control_character_does_not_reach_the_terminal(open_terminal: Callable[..., Terminal]) -> None:
+    terminal = open_terminal("info", "evil\x1b]0;title\x07.gguf")
+    assert terminal.wait() == 3
+    assert "\x1b" not in terminal.shown

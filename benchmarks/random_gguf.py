@@ -154,7 +154,7 @@ SCALES: dict[str, tuple[int, int | None, float]] = {
 
 def block_maker(type_name: str, deviation: float, rng: np.random.Generator) -> Callable[[int], Bytes]:
     """A function of a number of blocks that returns as many random ones, whose weights have the given deviation."""
-    block_values, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][1]
     if type_name in ("F32", "F16", "BF16"):
         return lambda n: _random_floats(type_name, deviation, n, rng)
     scale_at, minimum_at, ratio = SCALES[type_name]

@@ -317,15 +317,16 @@ void bind_config(py::module_& m) {
       .def_readonly("tied_head", &ModelConfig::tied_head)
       .def_readonly("rope", &ModelConfig::rope);
   m.def("read_config", &read_config, "file"_a, "Raises BundleError.");
-  m.def("weight_bytes", &weight_bytes, "file"_a, "config"_a, "Bytes that the weights will take in memory.");
-  m.def("kv_bytes", [](const ModelConfig& config, int64_t n_positions, const std::string& kv_type) {
-    return KvCache::bytes_for(config, n_positions, kv_type_of(kv_type));
-  }, "config"_a, "n_positions"_a, "kv_type"_a);
-  m.def("scratch_bytes", &Session::scratch_bytes, "config"_a, "Bytes that a session takes beside its KV cache.");
+  py::class_<MemoryNeed>(m, "MemoryNeed", "Bytes.")
+      .def_readonly("weights", &MemoryNeed::weights)
+      .def_readonly("kv_cache", &MemoryNeed::kv_cache)
+      .def_readonly("scratch", &MemoryNeed::scratch)
+      .def_property_readonly("total", &MemoryNeed::total);
+  m.def("memory_need", [](const gguf::File& file, int64_t n_context, const std::string& kv_type) {
+    return memory_need(file, read_config(file), n_context, kv_type_of(kv_type));
+  }, "file"_a, "n_context"_a, "kv_type"_a = "f16", "What loading the file and one session of n_context tokens take.");
   m.def("available_memory", [] { return available_memory(); }, "Bytes that this process can still take.");
-  m.def("require_memory", [](uint64_t weights, uint64_t kv_cache, uint64_t scratch, uint64_t available) {
-    require_memory({weights, kv_cache, scratch}, available);
-  }, "weights"_a, "kv_cache"_a, "scratch"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
+  m.def("require_memory", &require_memory, "need"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
 }
 
 void bind_decoder(py::module_& m) {
@@ -343,6 +344,7 @@ void bind_decoder(py::module_& m) {
            "progress(done, total), in bytes, may return False to cancel.")
       .def_property_readonly("config", &Model::config, py::return_value_policy::reference_internal)
       .def_property_readonly("weight_bytes", [](const Model& model) { return model.weights().n_bytes(); })
+      .def_property_readonly("embedding_bytes", [](const Model& model) { return model.weights().embedding.n_bytes(); })
       .def_property_readonly("isa", [](const Model& model) { return model.kernels().name; })
       .def_property_readonly("n_threads", [](Model& model) { return model.pool().size(); });
   py::class_<Session>(m, "Session", "One sequence and its KV cache.")

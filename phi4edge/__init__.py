@@ -1,5 +1,40 @@
-"""Phi-4 models on the edge: a small CPU runtime for GGUF files."""
+"""phi4edge: Phi-4-mini and its relatives on the CPU, quantized.
+
+>>> import phi4edge
+>>> model = phi4edge.load("model.gguf")  # doctest: +SKIP
+>>> print(model.generate("Why is the sky blue?", max_tokens=64).text)  # doctest: +SKIP
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["Generation", "GenerationConfig", "Model", "Phi4EdgeError", "Piece", "Session", "inspect", "isas", "load"]
+
+_HOMES = {
+    "Generation": "generation",
+    "GenerationConfig": "generation",
+    "Piece": "generation",
+    "Model": "model",
+    "Session": "model",
+    "isas": "model",
+    "load": "model",
+    "inspect": "info",
+    "Phi4EdgeError": "errors",
+}
+
+if TYPE_CHECKING:
+    from phi4edge.errors import Phi4EdgeError
+    from phi4edge.generation import Generation, GenerationConfig, Piece
+    from phi4edge.info import inspect
+    from phi4edge.model import Model, Session, isas, load
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use, so that the command line starts without loading the decoder."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'phi4edge' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f"phi4edge.{_HOMES[name]}"), name)

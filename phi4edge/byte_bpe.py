@@ -70,9 +70,7 @@ class ByteBpe:
         self._whole: dict[bytes, int] = {}
         if pretokenizer.ignore_merges:
             is_piece = [kind in (TokenType.NORMAL, TokenType.UNDEFINED) for kind in vocabulary.types]
-            self._whole = {
-                piece: token for token, piece in enumerate(contents) if piece is not None and is_piece[token]
-            }
+            self._whole = {piece: token for token, piece in enumerate(contents) if piece and is_piece[token]}
         self._cache: dict[bytes, list[int]] = {}
         self._encoding: tiktoken.Encoding | None = None
         self._ids: list[int] = []  # of the ranks that tiktoken uses
@@ -83,6 +81,7 @@ class ByteBpe:
         if ranks is not None and extra is not None:
             reachable = np.flatnonzero(ranks < _UNREACHABLE)
             self._ids = reachable[np.argsort(ranks[reachable], kind="stable")].tolist() + extra
+        if self._ids:
             self._encoding = tiktoken.Encoding(
                 pretokenizer.name,
                 pat_str=pretokenizer.pattern,
@@ -115,11 +114,11 @@ class ByteBpe:
 
     def _only_whole(self, ranks: Ints) -> list[int] | None:
         """Tokens that text becomes only as a whole piece, or None if tiktoken would find them inside pieces too."""
-        only_whole = [token for token in self._whole.values() if ranks[token] == _UNREACHABLE]
-        for piece in [piece for piece, token in self._whole.items() if ranks[token] == _UNREACHABLE]:
-            if len(self._merge(piece)) <= 2:  # tiktoken would join these two, though no merge does
-                return None
-        return only_whole
+        unreachable = set(np.flatnonzero(ranks == _UNREACHABLE).tolist())
+        pieces = {piece: token for piece, token in self._whole.items() if token in unreachable}
+        if any(len(self._merge(piece)) <= 2 for piece in pieces):  # tiktoken would join these two, though no merge does
+            return None
+        return list(pieces.values())
 
     def _encode_by_pieces(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -184,7 +183,7 @@ def _read_merges(vocabulary: Vocabulary) -> Ints:
     parts = " ".join(vocabulary.merges).split(" ")
     left, right = parts[::2], parts[1::2]
     found = [[ids.get(text, -1) for text in texts] for texts in (left, right, map(operator.add, left, right))]
-    merges = np.array(found, np.int64).T
+    merges: Ints = np.array(found, np.int64).T
     unknown = np.flatnonzero((merges < 0).any(axis=1))
     if len(unknown):
         first = int(unknown[0])

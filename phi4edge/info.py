@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi4edge import _core, machine
+from phi4edge import _core
 from phi4edge.errors import UsageError
 
 DEFAULT_CONTEXT = 4096  # tokens; less when the model was trained on less
+
+_UNKNOWN = (1 << 64) - 1  # available memory where the system does not tell
 
 _HYPERPARAMETERS = (
     "n_layers",
@@ -165,8 +167,10 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
 
 def _memory_need(file: _core.GgufFile, context: int, kv_type: str) -> MemoryNeed:
     need = _core.memory_need(file, context, kv_type)
-    available = machine.available_memory()
-    return MemoryNeed(context, kv_type, need.weights, need.kv_cache, need.scratch, available)
+    available = _core.available_memory()
+    return MemoryNeed(
+        context, kv_type, need.weights, need.kv_cache, need.scratch, None if available == _UNKNOWN else available
+    )
 
 
 def _hyperparameters(config: _core.ModelConfig) -> dict[str, Any]:

@@ -85,22 +85,15 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def total_memory(root: Path = _ROOT) -> int | None:
-    """Bytes of memory that this process could ever use: the machine's, or the limit of its control groups."""
-    known = [_meminfo("MemTotal", root) or _system_memory("total"), _group_memory(root)[0]]
-    return min((n_bytes for n_bytes in known if n_bytes is not None), default=None)
+    """Bytes of memory that this process could ever use: the machine's, or the limit of its control groups.
 
-
-def available_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that can be allocated now without swapping; ``None`` where the system does not tell.
-
-    The least of: the kernel's estimate, what is left in the control groups, what ``RLIMIT_AS`` leaves.
+    How much of it is free now is the decoder's to tell, which must not take more: ``_core.available_memory()``.
     """
-    limit, used = _group_memory(root)
-    known = [
-        _meminfo("MemAvailable", root) or _system_memory("available"),
-        None if limit is None else max(0, limit - used),
-        _address_space_left(root),
-    ]
+    known = [_meminfo("MemTotal", root) or _psutil_value(lambda psutil: psutil.virtual_memory().total)]
+    for folder in _control_groups("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1
+            limit = _int(_read(folder / name).strip())
+            known.append(limit if limit is not None and limit < _V1_UNLIMITED else None)
     return min((n_bytes for n_bytes in known if n_bytes is not None), default=None)
 
 
@@ -139,46 +132,6 @@ def _control_groups(controller: str, root: Path) -> list[Path]:
     return folders
 
 
-def _group_memory(root: Path) -> tuple[int | None, int]:
-    """Limit and use of the tightest control group, in bytes."""
-    tightest: tuple[int | None, int] = (None, 0)
-    most_left = None
-    for folder in _control_groups("memory", root):
-        for limit_name, usage_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit = _int(_read(folder / limit_name).strip())
-            if limit is None or limit >= _V1_UNLIMITED:
-                continue
-            used = (_int(_read(folder / usage_name).strip()) or 0) - _page_cache(folder)
-            left = limit - max(0, used)
-            if most_left is None or left < most_left:
-                most_left, tightest = left, (limit, max(0, used))
-    return tightest
-
-
-def _page_cache(folder: Path) -> int:
-    """Bytes of file cache counted against a group; the kernel drops them when memory is asked for."""
-    for line in _read(folder / "memory.stat").splitlines():
-        key, _, value = line.partition(" ")
-        if key in ("inactive_file", "total_inactive_file"):
-            return _int(value) or 0
-    return 0
-
-
-def _address_space_left(root: Path) -> int | None:
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return None
-    pages = _int((_read(root / "proc/self/statm").split() or ["0"])[0]) or 0
-    return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
-
-
 def _meminfo(key: str, root: Path) -> int | None:
     for line in _read(root / "proc/meminfo").splitlines():
         name, _, value = line.partition(":")
@@ -186,11 +139,6 @@ def _meminfo(key: str, root: Path) -> int | None:
             kilobytes = _int(value.replace("kB", "").strip())
             return None if kilobytes is None else kilobytes * 1024
     return None
-
-
-def _system_memory(field: str) -> int | None:
-    """Memory of the whole machine where there is no ``/proc/meminfo``; ``field`` is "total" or "available"."""
-    return _psutil_value(lambda psutil: getattr(psutil.virtual_memory(), field))
 
 
 def _psutil_value(ask: Callable[[Any], int]) -> int | None:

@@ -50,7 +50,7 @@ class Pretokenizer:
 
 
 _LONG_RUN_ANY = re.compile(rf"(?<![{SPACES}])[{SPACES}]{{{_LONG_RUN},}}")
-_LONG_RUN_IN_LINE = re.compile(rf"(?<![{_SPACES_IN_LINE}])[{_SPACES_IN_LINE}]{{{_LONG_RUN},}}(?![\r\n])")
+_LONG_RUN_IN_LINE = re.compile(rf"(?<![{_SPACES_IN_LINE}])[{_SPACES_IN_LINE}]{{{_LONG_RUN},}}(?![{SPACES}])")
 
 
 def _is_number(char: str) -> bool:

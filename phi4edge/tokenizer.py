@@ -71,10 +71,16 @@ class Tokenizer:
         control = _of_type(vocabulary, TokenType.CONTROL)
         defined = _of_type(vocabulary, TokenType.USER_DEFINED)
         self.special_tokens: Mapping[str, int] = MappingProxyType(control)
+        self.unused_ids = [token for token, kind in enumerate(self._types) if kind == TokenType.UNUSED]  # without text
         self._found_always = defined
         self._found = defined | control
         self._find_always = _finder(self._found_always)
         self._find = _finder(self._found)
+
+    @property
+    def is_fast(self) -> bool:
+        """False for the rare vocabulary whose merges tiktoken cannot follow; it is exact, but slower to encode."""
+        return not isinstance(self._backend, ByteBpe) or self._backend.is_merged_by_tiktoken
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], path: str = "") -> Tokenizer:
@@ -197,7 +203,8 @@ def _valid(text: str) -> str:
 
 
 def _of_type(vocabulary: Vocabulary, kind: TokenType) -> dict[str, int]:
-    return {text: token for text, token in vocabulary.ids.items() if vocabulary.types[token] == kind}
+    wanted = int(kind)
+    return {vocabulary.tokens[token]: token for token, found in enumerate(vocabulary.types) if found == wanted}
 
 
 def _finder(tokens: Mapping[str, int]) -> re.Pattern[str] | None:

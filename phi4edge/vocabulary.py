@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,26 +12,19 @@ from phi4edge.errors import BundleError
 
 PREFIX = "tokenizer.ggml."
 _MAX_TOKEN_CHARS = 1 << 16
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Texts of tokens that end a turn or a document in the families that llama.cpp knows.
-_STOP_TEXTS = frozenset(
-    {
-        *(
-            "<|end|>",
-            "<|endoftext|>",
-            "<|im_end|>",
-            "<|eot_id|>",
-            "<|eom_id|>",
-            "<|end_of_text|>",
-            "<|eot|>",
-            "<|eom|>",
-        ),
-        *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_sentence|>"),
-        *("</s>", "<eos>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    }
-)
+_STOP_TEXTS = {
+    *("<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>"),
+    *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_sentence|>"),
+    *("</s>", "<eos>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    # Padding and the names of files in code models: llama.cpp stops at these too.
+    *("<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<reponame>", "<REPO>", "<|file_sep|>"),
+}
+_STOPS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 class TokenType(IntEnum):
@@ -72,8 +64,7 @@ class Vocabulary:
         keys = _Keys(metadata, path)
         kind = keys.choice("model", {"gpt2": "bpe", "llama": "spm"})
         tokens = keys.tokens()
-        names = ("bos", "eos", "eot", "eom", "unknown", "padding")
-        special = {name: keys.token_id(name, len(tokens)) for name in names}
+        special = {name: keys.token_id(name, len(tokens)) for name in (*_STOPS, "bos", "unknown", "padding")}
         types = keys.types(tokens)
         if not types:  # an old file: only the ids tell which tokens are not text
             is_byte = [kind == "spm" and _BYTE_TOKEN.fullmatch(text) is not None for text in tokens]
@@ -88,7 +79,7 @@ class Vocabulary:
             for name, text in (("bos", "<s>"), ("eos", "</s>")):
                 if special[name] is None and text in tokens:
                     special[name] = tokens.index(text)
-        stops = {special[name] for name in ("eos", "eot", "eom")} - {None}
+        stops = {special[name] for name in _STOPS} - {None}
         stops |= {i for i, text in enumerate(tokens) if text in _STOP_TEXTS and types[i] == TokenType.CONTROL}
         return cls(
             kind=kind,
@@ -199,8 +190,8 @@ class _Keys:
         scores = self._list_per_token("scores", float, n_vocab)
         if scores is None and required:
             raise self.error("scores", "is missing")
-        if scores and any(map(math.isnan, scores)):
-            raise self.error("scores", "contains NaN")
+        if scores and not all(abs(score) <= _MAX_FLOAT for score in scores):
+            raise self.error("scores", "contains a score that is not a finite number of 32 bits")
         return scores or []
 
     def merges(self) -> list[str]:

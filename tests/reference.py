@@ -14,11 +14,11 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating[Any]]
+Floats = npt.NDArray[np.float32]  # or float64, as the caller of Reference likes
 
 
-LAYER_TENSORS = ("attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output")
-LAYER_TENSORS += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+LAYER_TENSORS = ["attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output"]
+LAYER_TENSORS += ["ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
 
 
 class Reference:
@@ -50,7 +50,8 @@ class Reference:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [n_tokens, vocab]."""
-        return self.logits_of_rows(self.embedding[np.asarray(tokens)])
+        rows: Floats = self.embedding[np.asarray(tokens)]
+        return self.logits_of_rows(rows)
 
     def logits_of_rows(self, x: Floats) -> npt.NDArray[np.float32]:
         """The same for embedding rows [n_tokens, hidden]."""
@@ -60,10 +61,12 @@ class Reference:
             x = x + self._attention(self._norm(x, weights["attn_norm"]), weights, cos, sin)
             x = x + self._ffn(self._norm(x, weights["ffn_norm"]), weights)
         head = self.weights.get("output.weight", self.embedding)
-        return (self._norm(x, self.weights["output_norm.weight"]) @ head.T).astype(np.float32)
+        logits: Floats = self._norm(x, self.weights["output_norm.weight"]) @ head.T
+        return np.asarray(logits, np.float32)
 
     def _norm(self, x: Floats, weight: Any) -> Floats:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(self.epsilon)) * weight
+        scale: Floats = np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(self.epsilon))
+        return np.asarray(x / scale * weight)
 
     def _rotation(self, n_tokens: int) -> tuple[Floats, Floats]:
         """cos and sin, [n_tokens, rotary_dims / 2], times the attention factor."""
@@ -91,7 +94,7 @@ class Reference:
         out = x.copy()
         out[..., first] = x[..., first] * cos - x[..., second] * sin
         out[..., second] = x[..., second] * cos + x[..., first] * sin
-        return out
+        return np.asarray(out)
 
     def _attention(self, x: Floats, weights: dict[str, Any], cos: Floats, sin: Floats) -> Floats:
         n_tokens, head_dim = len(x), self.head_dim
@@ -138,13 +141,13 @@ def relative_difference(logits: Floats, expected: Floats) -> float:
 
 def log_probabilities(logits: Floats) -> npt.NDArray[np.float32]:
     shifted = logits - logits.max(-1, keepdims=True)
-    return (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64))).astype(np.float32)
+    total: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64))
+    return np.asarray(shifted - total, np.float32)
 
 
 def mean_divergence(expected: Floats, other: Floats) -> float:
-    """Mean over positions of KL(expected || other), in nats; both are logits [n_tokens, vocab]."""
-    p, q = log_probabilities(expected), log_probabilities(other)
-    return float((np.exp(p) * (p - q)).sum(-1, dtype=np.float64).mean())
+    """Mean over positions of KL(expected || other), in nats; both are log-probabilities [n_tokens, vocab]."""
+    return float((np.exp(expected) * (expected - other)).sum(-1, dtype=np.float64).mean())
 
 
 def same_choices(expected: Floats, other: Floats) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import io
 import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import struct
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_models import tiny_gguf
 
 from phi4edge import machine
 from phi4edge.cli import main
 from phi4edge.cli.options import Sampling
 from phi4edge.generation import GenerationConfig
+from tiny_models import tiny_gguf
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "phi4edge"]
@@ -61,11 +61,32 @@ def run(*arguments: str, text: str = "", **options: Any) -> subprocess.Completed
     )
 
 
-def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+Start = Callable[[list[str]], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command that goes on in the background, with pipes on its three streams."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*COMMAND, *arguments], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options
-    )
+    processes = []
+
+    def start_one(arguments: list[str]) -> subprocess.Popen[str]:
+        command = [*COMMAND, *arguments]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        return processes[-1]
+
+    yield start_one
+    for process in processes:
+        process.kill()
+        with process:  # waits, and closes the pipes
+            pass
+
+
+HUGE_CONTEXT = 16_000_000  # 16 GiB of keys and values in the tiny model
+
+
+def allow_4_gib() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 
 
 def is_one_error_line(text: str) -> bool:
@@ -246,8 +267,8 @@ def test_the_exit_code_reaches_the_shell(model: str) -> None:
 
 
 def test_a_context_larger_than_the_memory_is_exit_code_6(tmp_path: Path) -> None:
-    path = tiny_gguf(tmp_path, context=2_000_000_000)
-    done = run("run", str(path), "hi", "--context", "2000000000")
+    path = tiny_gguf(tmp_path, context=HUGE_CONTEXT)
+    done = run("run", str(path), "hi", "--context", str(HUGE_CONTEXT), preexec_fn=allow_4_gib)
     assert done.returncode == 6, done.stderr
     assert is_one_error_line(done.stderr)
 
@@ -311,14 +332,13 @@ def test_a_newline_in_a_name_does_not_make_two_lines() -> None:
 # --- U1: streams that are closed, narrow or plain
 
 
-def test_U1_a_reader_that_leaves_is_not_an_error(endless: list[str]) -> None:
+def test_U1_a_reader_that_leaves_is_not_an_error(start: Start, endless: list[str]) -> None:
     process = start(endless)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(1)
     process.stdout.close()
     assert process.wait(DEADLINE) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
-    process.communicate()
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -332,9 +352,9 @@ PLAIN = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "20"}
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
-@pytest.mark.parametrize("environment", [PLAIN, ASCII, PLAIN | ASCII], ids=["plain", "ascii", "both"])
+@pytest.mark.parametrize("environment", [PLAIN, ASCII], ids=["plain", "ascii"])
 def test_U1_any_environment(model: str, environment: dict[str, str]) -> None:
-    for arguments in (["run", model, "café", "-n", "20"], ["info", model], ["run", "--help"], ["version"]):
+    for arguments in (["run", model, "café", "-n", "20"], ["info", model], ["run", "--help"]):
         done = run(*arguments, env=environment)
         assert (done.returncode, done.stderr) == (0, "")
         assert "\x1b" not in done.stdout
@@ -346,7 +366,7 @@ def test_U1_any_environment(model: str, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_U6_a_signal_while_answering(endless: list[str], number: signal.Signals, code: int) -> None:
+def test_U6_a_signal_while_answering(start: Start, endless: list[str], number: signal.Signals, code: int) -> None:
     process = start(endless)
     assert process.stdout is not None
     first = process.stdout.read(1)
@@ -358,13 +378,15 @@ def test_U6_a_signal_while_answering(endless: list[str], number: signal.Signals,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_U6_a_signal_while_reading_a_long_prompt(endless: list[str], number: signal.Signals, code: int) -> None:
+def test_U6_a_signal_while_reading_a_long_prompt(
+    start: Start, endless: list[str], number: signal.Signals, code: int
+) -> None:
     process = start([*endless[:2], "-", *endless[3:]])
     assert process.stdin is not None
     process.stdin.write("the cat sat on the mat " * 4000)
     process.stdin.close()
     process.stdin = None
-    time.sleep(2.5)
+    time.sleep(2)
     assert process.poll() is None
     process.send_signal(number)
     asked = time.monotonic()
@@ -373,7 +395,7 @@ def test_U6_a_signal_while_reading_a_long_prompt(endless: list[str], number: sig
     assert time.monotonic() - asked < 5
 
 
-def test_U6_a_signal_at_any_time_leaves_no_traceback(endless: list[str]) -> None:
+def test_U6_a_signal_at_any_time_leaves_no_traceback(start: Start, endless: list[str]) -> None:
     for delay in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8):
         process = start(endless)
         time.sleep(delay)
@@ -384,7 +406,7 @@ def test_U6_a_signal_at_any_time_leaves_no_traceback(endless: list[str]) -> None
             assert "Traceback" not in err, f"after {delay} s"
 
 
-def test_U6_an_interrupted_json_answer_is_json(endless: list[str]) -> None:
+def test_U6_an_interrupted_json_answer_is_json(start: Start, endless: list[str]) -> None:
     process = start([*endless, "--json"])
     time.sleep(2)
     process.send_signal(signal.SIGINT)
@@ -407,7 +429,7 @@ def test_U8_impossible_threads_are_clamped_with_a_warning(model: str, threads: s
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_U8_affinity_limits_the_threads(model: str) -> None:
     one = {min(os.sched_getaffinity(0))}
-    limited = {"preexec_fn": lambda: os.sched_setaffinity(0, one)}
+    limited: Any = {"preexec_fn": lambda: os.sched_setaffinity(0, one)}
     done = run("bench", model, "-p", "8", "-n", "2", "-r", "1", "-t", "2", "--json", **limited)
     assert json.loads(done.stdout)["threads"] == 1
     assert "--threads" in done.stderr
@@ -448,8 +470,8 @@ def test_info_json_adds_up(model: str) -> None:
 
 
 def test_info_says_when_it_does_not_fit(tmp_path: Path) -> None:
-    path = tiny_gguf(tmp_path, context=2_000_000_000)
-    done = run("info", str(path), "--context", "2000000000")
+    path = tiny_gguf(tmp_path, context=HUGE_CONTEXT)
+    done = run("info", str(path), "--context", str(HUGE_CONTEXT), preexec_fn=allow_4_gib)
     assert done.returncode == 0
     assert "more than is available" in done.stdout
 
@@ -509,6 +531,9 @@ def test_chat_in_a_pipe_ends_at_the_first_error(model: str) -> None:
 # --- chat, on a terminal
 
 
+PROMPT = r"\x1b\[\?2004h[^>]*>"  # the line editor turns on bracketed paste, then shows its prompt
+
+
 class Terminal:
     """A process on a pseudo-terminal of its own."""
 
@@ -554,12 +579,12 @@ class Terminal:
     def _read_until(self, is_done: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + DEADLINE
         while not is_done():
-            assert time.monotonic() < deadline, f"waited for {what}, saw {self.shown!r}"
+            ended = self.process.poll() is not None
             if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    self.shown += os.read(self.master, 65536).decode(errors="replace")
-                except OSError as error:
-                    assert error.errno == errno.EIO
+                self.shown += os.read(self.master, 65536).decode(errors="replace")
+            else:
+                assert not ended or is_done(), f"ended before {what}, showed {self.shown!r}"
+            assert time.monotonic() < deadline, f"waited for {what}, saw {self.shown!r}"
 
 
 @pytest.fixture
@@ -578,17 +603,19 @@ def open_terminal() -> Iterator[Callable[..., Terminal]]:
 @pytest.mark.parametrize("columns", [80, 20])
 def test_chat_on_a_terminal(open_terminal: Callable[..., Terminal], model: str, state: Path, columns: int) -> None:
     terminal = open_terminal("chat", model, "-n", "5", columns=columns)
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("the cat\r")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("/stats\r")
     terminal.expect("tokens/s")
+    terminal.expect(PROMPT)
     terminal.type("one\x1b\rtwo\r")  # Alt-Enter
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("\x1b[200~three\nfour\x1b[201~\r")  # a paste
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("half a line\x03")  # Ctrl-C empties the line
     terminal.expect("Ctrl-D")
+    terminal.expect(PROMPT)
     terminal.type("\x04")
     assert terminal.wait() == 0
     lines = (state / "phi4edge" / "chat-history").read_text().splitlines()
@@ -597,27 +624,30 @@ def test_chat_on_a_terminal(open_terminal: Callable[..., Terminal], model: str, 
 
 def test_chat_ctrl_c_stops_the_answer_only(open_terminal: Callable[..., Terminal], endless: list[str]) -> None:
     terminal = open_terminal("chat", endless[1], *endless[3:])
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("the cat\r")
     terminal.expect(r"the cat\W+\w+")
     time.sleep(0.5)
     terminal.type("\x03")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("/stats\r")
     terminal.expect("finish: cancelled")
+    terminal.expect(PROMPT)
     terminal.type("/exit\r")
     assert terminal.wait() == 0
 
 
 def test_chat_goes_on_after_an_error(open_terminal: Callable[..., Terminal], model: str) -> None:
     terminal = open_terminal("chat", model, "--context", "64", "-n", "4")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("\x1b[200~" + "the cat " * 200 + "\x1b[201~\r")
     terminal.expect("phi4edge: error: ")
+    terminal.expect(PROMPT)
     terminal.type("the mat\r")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("/stats\r")
     terminal.expect("answer  [1-4] tokens")
+    terminal.expect(PROMPT)
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -634,7 +664,7 @@ def test_chat_on_a_dumb_terminal(open_terminal: Callable[..., Terminal], model: 
 
 def test_chat_ends_on_sigterm_with_the_terminal_restored(open_terminal: Callable[..., Terminal], model: str) -> None:
     terminal = open_terminal("chat", model)
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     time.sleep(0.5)
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 143
@@ -646,9 +676,10 @@ def test_U4_a_damaged_history_is_kept_aside(open_terminal: Callable[..., Termina
     history.write_bytes(b'"earlier"\n\x00\xff not json\n')
     terminal = open_terminal("chat", model, "-n", "2")
     terminal.expect("damaged; kept as chat-history.bak")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("/help\r")
     terminal.expect("/regen")
+    terminal.expect(PROMPT)
     terminal.type("\x04")
     assert terminal.wait() == 0
     assert history.with_name("chat-history.bak").read_bytes().startswith(b'"earlier"\n\x00')
@@ -661,9 +692,10 @@ def test_U2_a_history_that_cannot_be_written_is_a_warning(
 ) -> None:
     state.write_text("a file where the folder should be")
     terminal = open_terminal("chat", model, "-n", "2")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     terminal.type("/help\r")
     terminal.expect("not remembered")
+    terminal.expect(PROMPT)
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -673,11 +705,13 @@ def test_chat_remembers_earlier_lines(open_terminal: Callable[..., Terminal], mo
     history.parent.mkdir(parents=True)
     history.write_text('"the first"\n"the second"\n')
     terminal = open_terminal("chat", model, "-n", "2")
-    terminal.expect("> ")
+    terminal.expect(PROMPT)
     time.sleep(0.5)
     terminal.type("\x1b[A\x1b[A")  # twice up
     terminal.expect("the first")
-    terminal.type("\x03\x04")
+    terminal.type("\x03")
+    terminal.expect(PROMPT)
+    terminal.type("\x04")
     assert terminal.wait() == 0
 
 

@@ -101,7 +101,7 @@ def tiny() -> TinyFile:
 
 
 def load(file: TinyFile, tmp_path: Path, n_threads: int = 1, **options: Any) -> _core.Model:
-    return _core.Model(file.write(tmp_path / "tiny.gguf"), n_threads, **options)
+    return _core.Model(_core.GgufFile(file.write(tmp_path / "tiny.gguf")), n_threads, **options)
 
 
 def assert_refused(file: TinyFile, tmp_path: Path, field: str, *parts: str) -> None:

@@ -39,10 +39,10 @@ def fails(tmp_path: Path) -> Callable[..., str]:
     def check(data: bytes, *words: str) -> str:
         path = tmp_path / "broken.gguf"
         path.write_bytes(data)
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         with pytest.raises(BundleError) as caught:
             GgufFile(path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
         message = str(caught.value)
         assert message.startswith(f"{path}: ") and "\n" not in message

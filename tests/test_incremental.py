@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from reference import Reference, relative_difference
-from tiny_models import PURE_FILE_TYPES, tiny_gguf
 
 from phi4edge import _core
 from phi4edge.errors import Cancelled, InputError
+from reference import Reference, relative_difference
+from tiny_models import PURE_FILE_TYPES, tiny_gguf
 
 N_TOKENS = 75
 TOKENS = np.random.default_rng(4).integers(0, 512, N_TOKENS).astype(np.int32)
@@ -28,7 +28,7 @@ def tolerance(file_type: str) -> float:
 
 
 def native(models: Path, file_type: str = "F32", n_threads: int = 2, isa: str = "") -> _core.Model:
-    return _core.Model(str(tiny_gguf(models, file_type, rotary_fraction=0.75)), n_threads, isa)
+    return _core.Model(_core.GgufFile(tiny_gguf(models, file_type, rotary_fraction=0.75)), n_threads, isa)
 
 
 def session_of(model: _core.Model, n_context: int = 128) -> _core.Session:

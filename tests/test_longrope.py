@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from reference import Reference, relative_difference
-from tiny_models import tiny_gguf, tiny_transformers, transformers_logits
 
 import phi4edge
 from phi4edge import _core
+from reference import Reference, relative_difference
+from tiny_models import tiny_gguf, tiny_transformers, transformers_logits
 
 BOUNDARY = 64
 OPTIONS: dict[str, Any] = {"rotary_fraction": 0.75, "original_context": BOUNDARY, "context": 512}
@@ -35,7 +35,7 @@ def expected(n_tokens: int) -> npt.NDArray[np.float32]:
 
 @pytest.fixture
 def session(models: Path) -> Iterator[_core.Session]:
-    model = _core.Model(str(tiny_gguf(models, **OPTIONS)), 2)
+    model = _core.Model(_core.GgufFile(tiny_gguf(models, **OPTIONS)), 2)
     yield _core.Session(model, 256, kv_type="f32")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from peers import LlamaCpp, greedy
-from tiny_models import quantized_gguf
 
 import phi4edge
+from peers import LlamaCpp, greedy
 from phi4edge import _core
+from tiny_models import quantized_gguf
 
 PROMPTS = [
     "Hello!",
@@ -40,6 +42,10 @@ N_TOKENS = 64
 N_CONTEXT = 512
 
 
+def extend(session: _core.Session, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    return session.extend(np.array(tokens, np.int32))
+
+
 def lead(row: npt.NDArray[np.float32], token: int, rival: int) -> float:
     """By how much a token is likelier than a rival, in logits."""
     return float(row[token] - row[rival])
@@ -56,12 +62,12 @@ def test_greedy_answers_equal_llama_cpp(file_type: str, near_tie: float, smollm2
         stop = frozenset(model.tokenizer.stop_ids)
         texts = [model.template.render([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
         prompts = [model.tokenizer.encode(text, special=True) for text in texts]
-    native = _core.Model(str(path), 2)
+    native = _core.Model(_core.GgufFile(path), 2)
     n_equal = 0
     with closing(LlamaCpp(path, n_context=N_CONTEXT)) as peer:
         for question, prompt in zip(PROMPTS, prompts, strict=True):
             session = _core.Session(native, N_CONTEXT)
-            ours, our_rows = greedy(lambda new, s=session: s.extend(np.array(new, np.int32)), prompt, N_TOKENS, stop)
+            ours, our_rows = greedy(partial(extend, session), prompt, N_TOKENS, stop)
             peer.reset()
             theirs, their_rows = greedy(peer.extend, prompt, N_TOKENS, stop)
             n_equal += ours == theirs

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from reference import Reference, relative_difference
-from tiny_models import TinyShape, tiny_gguf, tiny_transformers, transformers_logits
 
 import phi4edge
 from phi4edge import _core
+from reference import Reference, relative_difference
+from tiny_models import TinyShape, tiny_gguf, tiny_transformers, transformers_logits
 
 TOLERANCE = 1e-4  # of the range of the logits
 ODD = {"heads": 5, "kv_heads": 1, "layers": 3, "ffn": 130}

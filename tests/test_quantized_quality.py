@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from peers import LlamaCpp
-from reference import Reference, mean_divergence, same_choices
-from tiny_models import PURE_FILE_TYPES, quantized_gguf, tiny_gguf
 
 import phi4edge
+from peers import LlamaCpp
 from phi4edge import _core
+from reference import Reference, log_probabilities, mean_divergence, same_choices
+from tiny_models import PURE_FILE_TYPES, quantized_gguf, tiny_gguf
 
 N_TOKENS = 512
 NOISE = 5e-4  # a divergence that nobody can see: below it nothing is compared
 FILE_TYPES = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS"]
 FILE_TYPES += ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
-Logits = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.float32]  # here: log-probabilities, [N_TOKENS, vocab]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ class Case:
     @staticmethod
     def of(path: Path, tokens: list[int]) -> Case:
         with closing(LlamaCpp(path, n_context=N_TOKENS)) as peer:
-            return Case(path, tokens, Reference(path).logits(tokens), peer.logits(tokens))
+            theirs = log_probabilities(peer.logits(tokens))
+        return Case(path, tokens, log_probabilities(Reference(path).logits(tokens)), theirs)
 
-    def check(self, ours: Logits) -> None:
+    def check(self, logits: Logits) -> None:
+        ours = log_probabilities(logits)
         our_share, their_share = same_choices(self.exact, ours), same_choices(self.exact, self.llama_cpp)
         our_divergence = mean_divergence(self.exact, ours)
         their_divergence = mean_divergence(self.exact, self.llama_cpp)

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, TokenType
+
 from peers import llama_cpp, require
 
 Array = npt.NDArray[np.float32]

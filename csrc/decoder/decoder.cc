@@ -12,7 +12,7 @@ namespace phi4edge {
 namespace {
 
 constexpr int64_t kQueryTokens = 8;  // tokens whose queries meet a KV head together
-constexpr size_t kLoopsPerLayer = 12, kLoopsOutside = 8;  // more than there are; see Worker::share
+constexpr size_t kLoopsPerLayer = 16, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
 
 int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -56,11 +56,19 @@ Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type
   }
 }
 
-size_t Session::scratch_bytes(const ModelConfig& c) {
+uint64_t Session::scratch_bytes(const ModelConfig& c) {
   const int64_t q_dim = c.n_heads * c.head_dim, kv_dim = c.n_kv_heads * c.head_dim;
   const int64_t floats = 3 * c.hidden_size + 2 * q_dim + 2 * kv_dim + 3 * c.ffn_size + c.rope.n_dims;
   const int64_t quantized = 2 * std::max({c.hidden_size, q_dim, c.ffn_size});  // codes and side arrays: about 1.6 bytes a value
   return size_t(kBatch) * size_t(floats * int64_t(sizeof(float)) + quantized) + size_t(c.vocab_size) * sizeof(float);
+}
+
+MemoryNeed memory_need(const gguf::File& file, const ModelConfig& config, int64_t n_context, KvType kv_type) {
+  constexpr int64_t kLargestContext = int64_t(1) << 24;
+  if (n_context < 1 || n_context > kLargestContext) {
+    throw InputError("a context of " + std::to_string(n_context) + " tokens is not in 1.." + std::to_string(kLargestContext));
+  }
+  return {weight_bytes(file, config), KvCache::bytes_for(config, n_context, kv_type), Session::scratch_bytes(config)};
 }
 
 void Session::check_room(int64_t n_new) const {

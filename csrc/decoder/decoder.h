@@ -12,6 +12,7 @@
 #include "base/thread_pool.h"
 #include "decoder/config.h"
 #include "decoder/kv_cache.h"
+#include "decoder/memory.h"
 #include "decoder/ops.h"
 #include "decoder/weights.h"
 #include "kernels/kernels.h"
@@ -63,7 +64,7 @@ class Session {
   size_t kv_bytes() const { return cache_.n_bytes(); }
   const ModelConfig& config() const { return model_->config(); }
   // What a session takes beside its KV cache, about.
-  static size_t scratch_bytes(const ModelConfig& config);
+  static uint64_t scratch_bytes(const ModelConfig& config);
 
  private:
   // A token id, or -1 - r for row r of embedding_rows_.
@@ -82,7 +83,7 @@ class Session {
   void multiply_gate(Worker& worker, int64_t n);
   bool should_stop();
 
-  static constexpr int64_t kBatch = 256;  // tokens computed together: their activations stay in the second-level cache
+  static constexpr int64_t kBatch = 128;  // tokens computed together: their activations stay in the second-level cache
 
   std::shared_ptr<Model> model_;
   int64_t n_context_;
@@ -105,5 +106,8 @@ class Session {
   int64_t done_ = 0, total_ = 0;
   std::chrono::steady_clock::time_point last_check_;
 };
+
+// What the weights of a file and one session take.  Throws InputError for a context that no model has.
+MemoryNeed memory_need(const gguf::File& file, const ModelConfig& config, int64_t n_context, KvType kv_type);
 
 }  // namespace phi4edge

@@ -16,16 +16,16 @@ int64_t super_blocks(int64_t n_columns) { return (n_columns + kSuperBlock - 1) /
 ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
   const size_t n = size_t(max_tokens) * size_t(super_blocks(max_columns));
   codes_ = allocate_aligned<int8_t>(n * kSuperBlock, "activations");
-  shifts_ = allocate_aligned<int32_t>(n * 8, "activations");
+  shifts_ = allocate_aligned<int32_t>(n * 16, "activations");
   neg_sums_ = allocate_aligned<int32_t>(n * 16, "activations");
   neg_sums32_ = allocate_aligned<float>(n * 8, "activations");
-  scales_ = allocate_aligned<float>(n, "activations");
+  scales_ = allocate_aligned<float>(n * 8, "activations");
 }
 
 void ActivationBuffer::quantize(const float* x, int64_t token, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels) {
   kernels.quantize(x, n_columns, n_tokens,
-                   {codes_.get() + token * kSuperBlock, shifts_.get() + token * 8, neg_sums_.get() + token * 16,
-                    neg_sums32_.get() + token * 8, scales_.get() + token});
+                   {codes_.get() + token * kSuperBlock, scales_.get() + token * 8, shifts_.get() + token * 16,
+                    neg_sums_.get() + token * 16, neg_sums32_.get() + token * 8});
 }
 
 Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const {

@@ -23,7 +23,7 @@ class WorkCounters {
   void reset() {
     for (auto& counter : next_) counter.store(0, std::memory_order_relaxed);
   }
-  std::atomic<int64_t>& at(size_t loop) { return next_[loop]; }
+  std::atomic<int64_t>& at(size_t loop) { return next_.at(loop); }
 
  private:
   std::vector<std::atomic<int64_t>> next_;
@@ -63,7 +63,7 @@ class ActivationBuffer {
  private:
   AlignedArray<int8_t> codes_;
   AlignedArray<int32_t> shifts_, neg_sums_;
-  AlignedArray<float> neg_sums32_, scales_;
+  AlignedArray<float> scales_, neg_sums32_;
 };
 
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.

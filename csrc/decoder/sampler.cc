@@ -16,6 +16,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kWeightOne = 1073741824.0f;  // 2^30: the weight of the best token
+constexpr int kFewTokens = 1024;             // best_tokens is faster than prefix_end up to here
 constexpr int32_t kLastToken = std::numeric_limits<int32_t>::max();
 
 // Buckets of the distance to the best logit: weights are zero beyond ln(2^30) = 20.8, and 21 * 96 < 2048.
@@ -262,7 +263,9 @@ const float* Sampler::adjust(const float* logits) {
 int32_t Sampler::draw(const float* logits, float best) {
   const int32_t n_logits = static_cast<int32_t>(vocab_size_);
   Scored cut{-kInfinity, kLastToken};
-  if (options_.top_k > 0 && options_.top_k < vocab_size_) {
+  if (options_.top_k > 0 && options_.top_k <= kFewTokens) {
+    cut = best_tokens(logits, n_logits, options_.top_k).back();
+  } else if (options_.top_k > 0) {
     weights_.assign(static_cast<size_t>(n_logits), 1);
     cut = prefix_end(logits, n_logits, best, weights_.data(), options_.top_k);
   }

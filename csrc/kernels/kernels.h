@@ -11,26 +11,26 @@
 
 namespace phi4edge {
 
-// Quantised activations ("AE32"): int8 codes with one float scale for 256 values and a power-of-two exponent for 32.
-//   A = max|x| / 127 over 256;  e = clamp(floor(log2(max256 / max32)), 0, 7);  code = round(x * 2^e / A)
-// Kernels shift the integer sum over 32 values left by 7 - e, which is exact, and multiply by A / 128.
+// Quantised activations: int8 codes with one float scale for 32 values and a power-of-two exponent e for 16 of them, so that
+// one large value coarsens only its 15 neighbours:  x = scale * (code << shift),  shift = 7 - e,  e = 0 .. 7
 // All arrays are [super-block][token], so that a tile of tokens is one forward stream.
 struct Activations {
   int64_t n_tokens = 0;        // tokens laid out, the stride of the arrays
   int64_t n_columns = 0;       // of the matrix they meet; codes beyond it are zero
-  const int8_t* codes = nullptr;       // [.][.][256]
-  const int32_t* shifts = nullptr;     // [.][.][8]: 7 - e
+  const int8_t* codes = nullptr;       // [.][.][256], -127 .. 127
+  const float* scales = nullptr;       // [.][.][8]
+  const int32_t* shifts = nullptr;     // [.][.][16]
   const int32_t* neg_sums = nullptr;   // [.][.][16]: minus the sum of 16 codes
-  const float* neg_sums32 = nullptr;   // [.][.][8]: minus the sum of 32 codes, shifted left like the products
-  const float* scales = nullptr;       // [.][.]: A / 128
+  const float* neg_sums32 = nullptr;   // [.][.][8]: minus the sum of 32 values x
   const float* values = nullptr;       // the same activations as floats, for float weights
   int64_t value_stride = 0;            // from token to token
 };
 
 struct MutableActivations {
   int8_t* codes;
+  float* scales;
   int32_t *shifts, *neg_sums;
-  float *neg_sums32, *scales;
+  float* neg_sums32;
 };
 
 // Output rows [0, n_rows) of `panels` for tokens [0, n_tokens) of x:  out[token * out_stride + row]

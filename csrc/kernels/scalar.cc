@@ -55,7 +55,7 @@ struct V {
   static Ints field(Ints v, int shift, int mask) { return int32_t(uint32_t(v) >> shift) & mask; }
   static Ints signed_byte(Ints v, int i) { return int8_t(uint32_t(v) >> (8 * i)); }
   static Ints shift_left(Ints v, int n) { return int32_t(uint32_t(v) << n); }
-  static Ints shift_left_by(Ints v, int n) { return shift_left(v, n); }
+  static Ints shift_left_by(Ints v, const int32_t* n) { return shift_left(v, *n); }
   static Ints add(Ints a, Ints b) { return int32_t(uint32_t(a) + uint32_t(b)); }
   static int32_t reduce_sum(Ints v) { return v; }
   static void store_codes(int8_t* p, Ints v) { *p = int8_t(v); }

@@ -56,7 +56,7 @@ struct V {
   static Ints field(Ints v, int shift, int mask) { return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))}; }
   static Ints signed_byte(Ints v, int i) { return {_mm256_srai_epi32(_mm256_slli_epi32(v.v, 24 - 8 * i), 24)}; }
   static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
-  static Ints shift_left_by(Ints v, int n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(n))}; }
+  static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
   static int32_t reduce_sum(Ints v) {
     const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));

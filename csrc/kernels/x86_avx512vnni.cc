@@ -9,7 +9,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 6;
+  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 4;
   static constexpr int kSignedBiasBits = 7;  // vpdpbusd wants unsigned weights: signed codes plus 128
   struct Bytes {
     __m512i v;
@@ -55,7 +55,7 @@ struct V {
   }
   static Ints signed_byte(Ints v, int i) { return {_mm512_srai_epi32(_mm512_slli_epi32(v.v, unsigned(24 - 8 * i)), 24)}; }
   static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
-  static Ints shift_left_by(Ints v, int n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(n))}; }
+  static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
   static int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v.v); }
   static void store_codes(int8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v.v)); }

@@ -20,22 +20,21 @@ def stream_answer(
     model: Model, prompt: str | Sequence[Message] | Sequence[int], config: GenerationConfig, *, show: bool = True
 ) -> Generation:
     """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, even if interrupted."""
-    in_line = False
     bar = ProgressBar("Reading the prompt")
+    shown = ""  # the latest text on standard output
     with closing(bar), closing(model.stream(prompt, config, progress=bar)) as pieces:
         try:
             for piece in pieces:
                 bar.close()
                 if show and piece.text:
-                    in_line = not piece.text.endswith("\n")
                     output.write_text(piece.text)
-        except BrokenPipeError:
-            in_line = False  # nobody reads it
-            raise
-        finally:
-            bar.close()
-            if in_line:
+                    shown = piece.text
+        except (KeyboardInterrupt, SystemExit):
+            if shown and not shown.endswith("\n"):
                 output.write_text("\n")
+            raise
+    if show and not shown.endswith("\n"):  # an empty answer is an empty line
+        output.write_text("\n")
     assert model.last is not None
     return model.last
 

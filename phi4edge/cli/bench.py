@@ -89,20 +89,16 @@ def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: i
 def _run_once(session: Session, tokens: Sequence[int], decode_tokens: int, timings: Timings) -> None:
     session.clear()
     started = time.perf_counter()
-    logits = session.extend(tokens, logits="last", progress=_keep_going)
+    logits = session.extend(tokens)
     prefilled = time.perf_counter()
     token = int(logits[-1].argmax())
     chosen = time.perf_counter()
     for _ in range(decode_tokens):
-        token = int(session.extend([token], logits="last")[-1].argmax())
+        token = int(session.extend([token])[-1].argmax())
     ended = time.perf_counter()
     timings.prefill.append(prefilled - started)
     timings.first_token.append(chosen - started)
     timings.decode.append(ended - chosen)
-
-
-def _keep_going(done: int, total: int) -> None:
-    """Called during prefill so that Python gets to see a Ctrl-C."""
 
 
 def bench_record(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phi4edge import machine
 from phi4edge.cli import answers, output
 
 if TYPE_CHECKING:
@@ -81,10 +80,7 @@ class Conversation:
             self._tell("There is no answer yet.")
             return
         used = self._last.usage.prompt_tokens + self._last.usage.completion_tokens
-        available = machine.available_memory()
         lines = [*answers.stats_lines(self._last), f"context {used:,} of {self._model.context:,} tokens"]
-        if available is not None:
-            lines.append(f"memory  {output.bytes_text(available)} available")
         self._tell("\n".join(lines))
 
     def _answer(self) -> None:

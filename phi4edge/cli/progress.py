@@ -15,10 +15,7 @@ _PATIENCE = 0.3  # seconds of work before a bar is worth showing
 
 
 class ProgressBar:
-    """A callable ``(done, total)``, which is what the library calls; :meth:`close` wipes the bar.
-
-    Calling it also lets Python handle a pending Ctrl-C, so it is passed on even when there is nothing to show.
-    """
+    """A callable ``(done, total)``, which is what the library calls; :meth:`close` wipes the bar."""
 
     def __init__(self, title: str, *, in_bytes: bool = False) -> None:
         self._title = title

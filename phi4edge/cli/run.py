@@ -53,12 +53,7 @@ def run(
     config = sampling.config()
     text = read_prompt(prompt)
     with load_model(model, runtime, context=context) as loaded:
-        ready: list[int] | list[Message]
-        if raw:
-            ready = loaded.tokenizer.encode(text, special=True)
-        else:
-            ready = [{"role": "system", "content": clean(system)}] if system is not None else []
-            ready = [*ready, {"role": "user", "content": text}]
+        ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(text, system)
         answer = answers.stream_answer(loaded, ready, config, show=not as_json)
         if as_json:
             output.write_json({"model": model, **answers.answer_as_json(answer, loaded.tokenizer)})
@@ -69,6 +64,11 @@ def run(
                 output.hint("[cut; --max-tokens or --context allow more]")
         for line in answers.stats_lines(answer) if stats else ():
             output.note(line)
+
+
+def _messages(text: str, system: str | None) -> list[Message]:
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": clean(system)}]
+    return [*messages, {"role": "user", "content": text}]
 
 
 def read_prompt(argument: str | None) -> str:

@@ -29,13 +29,13 @@ def version(
     if as_json:
         output.write_json(facts)
         return
-    available = facts["available_memory_bytes"]
+    memory = facts["memory_bytes"]
     output.write_text(
         f"phi4edge {facts['version']}\n"
         f"python   {facts['python']}, {facts['platform']}\n"
         f"cpu      {facts['cpu']}, {facts['physical_cores']} cores, {facts['available_cpus']} processors\n"
         f"isa      {', '.join(facts['isas']) or 'the compiled module is missing'}\n"
-        f"memory   {'unknown' if available is None else output.bytes_text(available) + ' available'}\n"
+        f"memory   {'unknown' if memory is None else output.bytes_text(memory)}\n"
     )
 
 
@@ -47,7 +47,7 @@ def _facts() -> dict[str, Any]:
         "cpu": machine.cpu_name(),
         "physical_cores": machine.physical_cores(),
         "available_cpus": machine.available_cpus(),
-        "available_memory_bytes": machine.available_memory(),
+        "memory_bytes": machine.total_memory(),
         "isas": _isas(),
     }
 

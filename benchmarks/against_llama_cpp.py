@@ -1,0 +1,332 @@
+"""Speed and memory next to llama.cpp, on the same file, in turn, on the same machine.
+
+``python -m benchmarks.against_llama_cpp MODEL.gguf -p 512 -n 32 -t 2 -r 5 --record benchmarks/records/decoder.jsonl``
+
+Each side lives in a process of its own that waits at a pipe, so only one works at a time and peak memory is its own.
+One round is: read bandwidth, then a prompt of -p tokens and -n single tokens on each side. Loading, tokenizing and
+sampling are not in the time; both sides are fed the same ids, and both give the logits of the last token of each call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+BANDWIDTH_BYTES = 1 << 29  # larger than any last-level cache
+REST_SECONDS = 0.3  # between turns: threads that spin while idle have gone to sleep by then
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("phi4edge", "llama.cpp")
+
+
+# --- the two sides, each in its own process
+
+
+class Side(Protocol):
+    n_vocab: int
+    isa: str
+
+    def reset(self) -> None: ...
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Computes the tokens, and the logits of the last."""
+
+
+class Phi4Edge:
+    def __init__(self, path: str, n_context: int, n_threads: int) -> None:
+        from phi4edge import _core
+
+        model = _core.Model(_core.GgufFile(path), n_threads)
+        self._session = _core.Session(model, n_context, kv_type="f16")
+        self.n_vocab = int(model.config.vocab_size)
+        self.isa = str(model.isa)
+
+    def reset(self) -> None:
+        self._session.truncate(0)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._session.extend(np.asarray(tokens, np.int32), logits="last")
+
+
+class LlamaCpp:
+    """Batches of 512, F16 KV cache, flash attention as it chooses: the defaults of llama-bench."""
+
+    BATCH = 512
+
+    def __init__(self, path: str, n_context: int, n_threads: int) -> None:
+        import llama_cpp as api
+
+        self._api = api
+        self._silence = api.llama_log_callback(lambda level, text, user_data: None)
+        api.llama_log_set(self._silence, ctypes.c_void_p(0))
+        api.llama_backend_init()
+        self._model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        params = api.llama_context_default_params()
+        params.n_ctx = n_context
+        params.n_batch = params.n_ubatch = self.BATCH
+        params.n_threads = params.n_threads_batch = n_threads
+        self._context = api.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp cannot make a context of {n_context} tokens")
+        self._batch = api.llama_batch_init(self.BATCH, 0, 1)
+        self._n_tokens = 0
+        self.n_vocab = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model)))
+        flags = api.llama_print_system_info().decode().split(" | ")
+        self.isa = " ".join(flag.split(" = ")[0].split(" : ")[-1] for flag in flags if flag.strip())
+
+    def reset(self) -> None:
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._n_tokens = 0
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for start in range(0, len(tokens), self.BATCH):
+            piece = tokens[start : start + self.BATCH]
+            self._batch.n_tokens = len(piece)
+            for row, token in enumerate(piece):
+                self._batch.token[row] = token
+                self._batch.pos[row] = self._n_tokens + row
+                self._batch.n_seq_id[row] = 1
+                self._batch.seq_id[row][0] = 0
+                self._batch.logits[row] = start + row == len(tokens) - 1
+            status = self._api.llama_decode(self._context, self._batch)
+            if status != 0:
+                raise RuntimeError(f"llama_decode returned {status}")
+            self._n_tokens += len(piece)
+        self._api.llama_get_logits_ith(self._context, -1)  # waits for the result
+
+
+def measure(side: Side, n_prompt: int, n_decode: int) -> dict[str, float]:
+    """Seconds of one prompt and of the single tokens after it."""
+    tokens = np.random.default_rng(0).integers(0, side.n_vocab, n_prompt + n_decode).tolist()
+    side.reset()
+    started = time.perf_counter()
+    if n_prompt:
+        side.extend(tokens[:n_prompt])
+    prompt_done = time.perf_counter()
+    for token in tokens[n_prompt:]:
+        side.extend([token])
+    return {"prefill_seconds": prompt_done - started, "decode_seconds": time.perf_counter() - prompt_done}
+
+
+def serve(name: str, path: str, n_context: int, n_threads: int) -> None:
+    """A worker: one JSON request per line on stdin, one JSON answer per line on stdout."""
+    side: Side | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "bandwidth":
+            from phi4edge import _core
+
+            answer: dict[str, Any] = {"bytes_per_second": _core.read_bandwidth(n_threads, BANDWIDTH_BYTES, 0.5)}
+        elif request["do"] == "load":
+            started = time.perf_counter()
+            side = Phi4Edge(path, n_context, n_threads) if name == SIDES[0] else LlamaCpp(path, n_context, n_threads)
+            answer = {"load_seconds": time.perf_counter() - started, "isa": side.isa}
+        else:
+            assert side is not None
+            answer = dict(measure(side, request["n_prompt"], request["n_decode"]))
+        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    """The parent's end of a worker process."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        n_context = -(-(options.n_prompt + options.n_decode) // 256) * 256
+        command = [sys.executable, "-m", "benchmarks.against_llama_cpp", str(options.model), "--serve", name]
+        command += ["-t", str(options.threads), "--context", str(n_context)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with status {self._process.wait()}; its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+# --- the comparison
+
+
+@dataclass
+class Series:
+    """One quantity of one side, over the rounds. Best is the largest for rates and the smallest for amounts."""
+
+    case: str
+    unit: str
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def best(self) -> float:
+        return max(self.values) if self.unit.endswith("/s") else min(self.values)
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs all rounds; the result is what --json prints."""
+    workers = {name: Worker(name, options) for name in options.sides}
+    meter = Worker(SIDES[0], options) if SIDES[0] in workers else None
+    series = {name: [Series("prefill", "tok/s"), Series("decode", "tok/s")] for name in workers}
+    bandwidth = Series("read bandwidth", "B/s")
+    facts = {name: worker.ask(do="load") for name, worker in workers.items()}
+    for worker in workers.values():  # pages are touched, buffers made, clocks up
+        worker.ask(do="run", n_prompt=min(options.n_prompt, 64), n_decode=2)
+    for _ in range(options.rounds):
+        if meter:
+            bandwidth.values.append(meter.ask(do="bandwidth")["bytes_per_second"])
+        for name, worker in workers.items():
+            time.sleep(REST_SECONDS)
+            answer = worker.ask(do="run", n_prompt=options.n_prompt, n_decode=options.n_decode)
+            for row, n_tokens in zip(series[name], (options.n_prompt, options.n_decode), strict=True):
+                if n_tokens:
+                    row.values.append(n_tokens / answer[f"{row.case}_seconds"])
+            facts[name] |= {"peak_bytes": answer["peak_bytes"]}
+    for worker in [*workers.values(), *([meter] if meter else [])]:
+        worker.close()
+    for name in workers:
+        series[name] = [row for row in series[name] if row.values]
+        series[name] += [Series("load", "s", [facts[name]["load_seconds"]])]
+        series[name] += [Series("peak memory", "B", [float(facts[name]["peak_bytes"])])]
+    return {
+        "model": options.model.name,
+        "model_bytes": options.model.stat().st_size,
+        "bytes_per_token": bytes_per_token(options.model),
+        "n_prompt": options.n_prompt,
+        "n_decode": options.n_decode,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "isa": {name: fact["isa"] for name, fact in facts.items()},
+        "bandwidth": as_record(bandwidth) if bandwidth.values else None,
+        "sides": {name: {row.case: as_record(row) for row in rows} for name, rows in series.items()},
+    }
+
+
+def as_record(row: Series) -> dict[str, Any]:
+    return {"median": row.median, "best": row.best, "unit": row.unit}
+
+
+def bytes_per_token(path: Path) -> int:
+    """Bytes of weights that one decoded token reads: all tensors, but only a row of an embedding that is no head."""
+    import gguf
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        sizes.pop("token_embd.weight")
+    return sum(sizes.values())
+
+
+def commit() -> str:
+    """The short hash, with a + when the tree has changes; "unknown" outside a checkout."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- what the user sees
+
+
+def print_table(result: dict[str, Any]) -> None:
+    n_tokens = {"prefill": result["n_prompt"], "decode": result["n_decode"]}
+    print(f"{result['model']}, {result['model_bytes'] / 1e9:.2f} GB, {result['threads']} threads, {result['cpu']}")
+    for name, isa in result["isa"].items():
+        print(f"  {name}: {isa}")
+    columns = list(result["sides"])
+    title = "".join(f"{name:>22}" for name in columns)
+    print(f"{'median (best)':<20}{title}{'ratio':>9}" if len(columns) > 1 else f"{'median (best)':<20}{title}")
+    for case, first in result["sides"][columns[0]].items():
+        scale, unit = {"B": (1e-9, "GB"), "s": (1.0, "s")}.get(first["unit"], (1.0, first["unit"]))
+        label = f"{case} {n_tokens.get(case, '')}".strip() + f" [{unit}]"
+        rows = [result["sides"][name][case] for name in columns]
+        cells = [f"{row['median'] * scale:.2f} ({row['best'] * scale:.2f})" for row in rows]
+        ratio = f"{rows[0]['median'] / rows[1]['median']:>9.2f}" if len(rows) > 1 else ""
+        print(f"{label:<20}" + "".join(f"{cell:>22}" for cell in cells) + ratio)
+    if result["bandwidth"]:
+        rate = result["bandwidth"]["median"]
+        print(f"{'read bandwidth':<20}{rate / 1e9:>17.1f} GB/s")
+        for name in columns:
+            if "decode" in result["sides"][name]:
+                share = result["sides"][name]["decode"]["median"] * result["bytes_per_token"] / rate
+                print(f"{'  used in decoding':<20}{name:>22}{share:>9.0%}")
+
+
+def append_records(path: Path, result: dict[str, Any]) -> None:
+    """One line per side and quantity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common = {key: result[key] for key in ("commit", "cpu", "threads", "model", "n_prompt", "n_decode", "rounds")}
+    lines = [
+        common | {"system": name, "isa": result["isa"][name], "case": case} | row
+        for name, rows in result["sides"].items()
+        for case, row in rows.items()
+    ]
+    if result["bandwidth"]:
+        lines.append(common | {"system": "machine", "isa": "", "case": "read bandwidth"} | result["bandwidth"])
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-p", "--n-prompt", type=int, default=512)
+    parser.add_argument("-n", "--n-decode", type=int, default=32)
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-r", "--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    parser.add_argument("--record", type=Path, help="append one JSON line per side and quantity to this file")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.model = options.model.resolve()
+    if options.serve:
+        serve(options.serve, str(options.model), options.context, options.threads)
+        return
+    result = compare(options)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+    if options.record:
+        append_records(options.record, result)
+
+
+if __name__ == "__main__":
+    main()

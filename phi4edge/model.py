@@ -1,0 +1,388 @@
+"""A model in memory: text in, streamed text out.
+
+>>> import phi4edge
+>>> model = phi4edge.load("model.gguf", context=4096)  # doctest: +SKIP
+>>> for piece in model.stream("Why is the sky blue?", max_tokens=64):  # doctest: +SKIP
+...     print(piece.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi4edge import _core, machine
+from phi4edge.errors import InputError, UsageError
+from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
+from phi4edge.info import DEFAULT_CONTEXT
+from phi4edge.prompt import ChatTemplate
+from phi4edge.stops import StopStrings
+from phi4edge.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+Progress = Callable[[int, int], bool | None]  # (done, total); False cancels
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    isa: str = "",
+    check_memory: bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a GGUF model.
+
+    context: tokens that a conversation may have; None takes what the model was trained on, at most 4096.
+    threads: None takes the physical cores that this process may use.
+    kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
+    isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
+    progress: called with (bytes done, bytes in all).
+
+    Raises FileError, BundleError, OutOfMemoryError (before anything large is allocated), UnsupportedError, UsageError,
+    and Cancelled when progress returned False.
+    """
+    started = time.perf_counter()
+    if kv_type not in ("f16", "f32"):
+        raise UsageError(f"'{kv_type}' is not a type of the KV cache", field="kv_type", hint="use f16 or f32")
+    if context is not None and context < 1:
+        raise UsageError(f"{context} tokens of context are too few", field="context", hint="give 1 or more")
+    n_threads, _ = machine.clamp_threads(threads)
+    file = _core.GgufFile(path)
+    config = _core.read_config(file)
+    metadata = file.metadata
+    tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
+    template = _template(metadata, tokenizer, os.fspath(path))
+    n_context = context or min(config.context_length, DEFAULT_CONTEXT)
+    if check_memory:
+        _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
+    core = _core.Model(file, n_threads, isa, progress)
+    return Model(
+        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, time.perf_counter() - started
+    )
+
+
+def isas() -> list[str]:
+    """Instruction sets that this build has and this CPU runs, best first."""
+    return _core.isas()
+
+
+def read_bandwidth(n_threads: int, n_bytes: int, seconds: float) -> float:
+    """Bytes per second that ``n_threads`` read from ``n_bytes`` of memory, measured for ``seconds``."""
+    return _core.read_bandwidth(n_threads, n_bytes, seconds)
+
+
+def _template(metadata: Mapping[str, Any], tokenizer: Tokenizer, path: str) -> ChatTemplate:
+    source = metadata.get("tokenizer.chat_template")
+
+    def text_of(token: int | None) -> str:
+        return "" if token is None else tokenizer.token_text(token)
+
+    return ChatTemplate(
+        source if isinstance(source, str) else None,
+        special_tokens=tokenizer.special_tokens,
+        bos=text_of(tokenizer.bos_id),
+        eos=text_of(tokenizer.eos_id),
+        path=path,
+    )
+
+
+class Session:
+    """One sequence of tokens and its KV cache.  Sessions of a model share its weights."""
+
+    def __init__(self, core: _core.Session) -> None:
+        self._core = core
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self._tokens)
+
+    def extend(
+        self, tokens: Sequence[int], logits: str = "last", progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Appends tokens; float32 [0, 1 or n, vocab] for logits ``"none"``, ``"last"`` or ``"all"``.
+
+        Raises InputError when they do not fit or do not exist, Cancelled; then nothing has changed.
+        """
+        rows = self._core.extend(_token_array(tokens), logits, progress)
+        self._tokens += tokens
+        return rows
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keeps the longest common prefix with ``tokens`` but leaves one of them to compute; returns its length."""
+        limit = min(len(self._tokens), len(tokens) - 1)
+        n_common = next((i for i in range(limit) if self._tokens[i] != tokens[i]), max(limit, 0))
+        self.truncate(n_common)
+        return n_common
+
+    def truncate(self, n_tokens: int) -> None:
+        self._core.truncate(n_tokens)
+        del self._tokens[n_tokens:]
+
+    def clear(self) -> None:
+        self.truncate(0)
+
+    def cancel(self) -> None:
+        """Ends the ``extend`` that runs in another thread, which raises Cancelled there."""
+        self._core.cancel()
+
+
+class Model:
+    """Weights, tokenizer and chat template of one model, with one conversation of its own; made by :func:`load`.
+
+    Not for use from several threads at once; ``session()`` gives each thread a sequence of its own.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        core: _core.Model,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        metadata: Mapping[str, Any],
+        context: int,
+        kv_type: str,
+        load_seconds: float,
+    ) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.template = template
+        self.metadata = metadata
+        self.context = context
+        self.kv_type = kv_type
+        self.last: Generation | None = None  # of the latest stream() or generate()
+        self.config = core.config
+        self.threads = core.n_threads
+        self.isa = core.isa
+        self.weight_bytes = core.weight_bytes
+        self._core: _core.Model | None = core
+        self._load_seconds = load_seconds
+        self._session: Session | None = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the memory back; the model cannot be used after."""
+        self._core = None
+        self._session = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV cache of one sequence with ``context`` tokens, in bytes."""
+        return self._kv_bytes(self.context)
+
+    def decode_bytes(self, n_tokens: int) -> int:
+        """Bytes of memory read to write one token after ``n_tokens``: the weights without the embedding rows, and the KV cache."""
+        embedding = 0 if self.config.tied_head else self._require_core().embedding_bytes
+        return self.weight_bytes - embedding + self._kv_bytes(n_tokens)
+
+    def _kv_bytes(self, n_tokens: int) -> int:
+        config = self.config
+        element_bytes = 2 if self.kv_type == "f16" else 4
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * element_bytes * n_tokens
+
+    def session(self) -> Session:
+        """A new, empty sequence of up to ``context`` tokens."""
+        return Session(_core.Session(self._require_core(), self.context, self.kv_type))
+
+    def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a prompt: a user's text, messages, or ids as they are."""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) == 0:
+            raise InputError("the prompt is empty", hint="give at least one message")
+        first = prompt[0]
+        if isinstance(first, Mapping):
+            messages: Any = prompt
+            segments = self.template.segments(messages, add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.encode_segments(segments)
+        return [_token(item) for item in prompt]
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits after each of the tokens, float32 [n_tokens, vocab].  Leaves the conversation alone."""
+        return self.session().extend(token_ids, logits="all")
+
+    def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
+        """The whole answer; see :meth:`stream`."""
+        for _ in self.stream(prompt, config, **overrides):
+            pass
+        return self._finished()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> Iterator[Piece]:
+        """Pieces of the answer as they come; ``last`` tells the rest afterwards, also when the loop was left early.
+
+        prompt: one user message, messages for the chat template, or token ids.
+        progress: called with (tokens done, tokens to do) while the prompt is computed.
+        overrides: fields of GenerationConfig.
+        What the prompt has in common with the one before is not computed again.
+
+        Raises UsageError, InputError (an empty prompt, or one that does not fit the context), Cancelled.
+        """
+        config = (config or GenerationConfig()).merged(**overrides)
+        tokens = self.encode(prompt)
+        if not tokens:
+            raise InputError("the prompt has no tokens")
+        if len(tokens) >= self.context:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.context}, the answer included",
+                hint="shorten the prompt, or load the model with a larger context",
+            )
+        return self._stream(tokens, config, progress)
+
+    def _stream(self, prompt: list[int], config: GenerationConfig, progress: Progress | None) -> Iterator[Piece]:
+        if self._session is None:
+            self._session = self.session()
+        session = self._session
+        answer = _Answer(self, config, len(prompt))
+        self.last = None
+        try:
+            started = time.perf_counter()
+            answer.cached_tokens = session.reuse(prompt)
+            logits = session.extend(prompt[answer.cached_tokens :], progress=progress)
+            answer.prefill_seconds = time.perf_counter() - started
+            for token in prompt:
+                answer.sampler.accept(token)
+            while answer.finish_reason is None:
+                piece = answer.next_piece(logits[0], len(session.tokens))
+                if answer.first_token_seconds is None:
+                    answer.first_token_seconds = time.perf_counter() - started
+                if piece is not None:
+                    yield piece
+                if answer.finish_reason is None:
+                    logits = session.extend(answer.tokens[-1:])
+            answer.decode_seconds = time.perf_counter() - started - answer.first_token_seconds
+        finally:
+            if answer.first_token_seconds is not None and not answer.decode_seconds:
+                answer.decode_seconds = time.perf_counter() - started - answer.first_token_seconds
+            self.last = answer.result(self._load_seconds)
+
+    def _finished(self) -> Generation:
+        if self.last is None:
+            raise InputError("no answer was generated")
+        return self.last
+
+    def _require_core(self) -> _core.Model:
+        if self._core is None:
+            raise UsageError("the model was closed", hint="load it again")
+        return self._core
+
+
+class _Answer:
+    """An answer in the making: picks tokens, turns them into text, and knows when to stop."""
+
+    def __init__(self, model: Model, config: GenerationConfig, n_prompt: int) -> None:
+        self._model = model
+        self._config = config
+        self._n_prompt = n_prompt
+        tokenizer = model.tokenizer
+        self._stop_tokens = tokenizer.stop_ids | frozenset(config.stop_tokens)
+        self._decoder = tokenizer.stream_decoder()
+        self._stops = StopStrings(config.stop)
+        seed = secrets.randbits(64) if config.seed is None else config.seed
+        self.sampler = _core.Sampler(
+            _core.SamplerOptions(
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                repetition_penalty=config.repetition_penalty,
+                presence_penalty=config.presence_penalty,
+                frequency_penalty=config.frequency_penalty,
+                penalty_window=config.penalty_window,
+                logit_bias=list(config.logit_bias.items()),
+                seed=seed,
+                n_top=config.logprobs,
+                forbidden=tokenizer.unused_ids,
+            ),
+            model.config.vocab_size,
+        )
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.cached_tokens = 0
+        self.prefill_seconds = 0.0
+        self.first_token_seconds: float | None = None
+        self.decode_seconds = 0.0
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._n_given = 0  # tokens that were part of a piece
+
+    def next_piece(self, logits: npt.NDArray[np.float32], n_in_session: int) -> Piece | None:
+        """Takes one more token; the text that became certain by it, or None."""
+        sample = self.sampler.sample(logits)
+        if sample.token in self._stop_tokens:
+            self.finish_reason = "stop"
+            return self._piece(self._stops.push(self._decoder.flush()) + self._stops.flush())
+        self.sampler.accept(sample.token)
+        self.tokens.append(sample.token)
+        if self._config.logprobs:
+            self._logprobs.append(TokenLogprob(sample.token, sample.logprob, tuple(sample.top)))
+        text = self._stops.push(self._decoder.push(sample.token))
+        if self._stops.found:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._config.max_tokens or n_in_session >= self._model.context:
+            self.finish_reason = "length"
+            text += self._stops.push(self._decoder.flush()) + self._stops.flush()
+        return self._piece(text)
+
+    def _piece(self, text: str) -> Piece | None:
+        if not text:
+            return None
+        tokens = tuple(self.tokens[self._n_given :])
+        logprobs = tuple(self._logprobs[self._n_given :])
+        self._n_given = len(self.tokens)
+        self._text.append(text)
+        return Piece(text, tokens, logprobs)
+
+    def result(self, load_seconds: float) -> Generation:
+        return Generation(
+            text="".join(self._text),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason or "cancelled",
+            usage=Usage(self._n_prompt, self.cached_tokens, len(self.tokens)),
+            timings=Timings(
+                load_seconds=load_seconds,
+                prefill_seconds=self.prefill_seconds,
+                first_token_seconds=self.first_token_seconds or 0.0,
+                decode_seconds=self.decode_seconds,
+                n_prefilled=self._n_prompt - self.cached_tokens,
+                n_decoded=max(0, len(self.tokens) - 1),
+            ),
+            logprobs=tuple(self._logprobs),
+        )
+
+
+def _token(item: Any) -> int:
+    if isinstance(item, bool) or not isinstance(item, (int, np.integer)):
+        raise InputError(f"a prompt is text, messages or token ids, and {type(item).__name__} is none of them")
+    return int(item)
+
+
+def _token_array(tokens: Sequence[int]) -> npt.NDArray[np.int32]:
+    try:
+        return np.fromiter((_token(token) for token in tokens), dtype=np.int32, count=len(tokens))
+    except OverflowError as error:
+        raise InputError("a token id does not fit 32 bits") from error

@@ -162,7 +162,8 @@ py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n
   const Format* format = find_format(type_id);
   if (!format) throw InputError("no format has the type number " + std::to_string(type_id));
   if (n_values < 0 || n_values % format->block_values != 0 || size_t(data.size()) != format->row_bytes(n_values)) {
-    throw InputError(std::to_string(n_values) + " values of " + format->name + " do not take " + std::to_string(data.size()) + " bytes");
+    throw InputError(std::to_string(n_values) + " values of " + format->name + " do not take " + std::to_string(data.size()) +
+                     " bytes");
   }
   py::array_t<float> out(n_values);
   format->dequantize(data.data(), n_values, out.mutable_data());
@@ -171,8 +172,8 @@ py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n
 
 void expect_matrix(const FloatArray& x, int64_t n_columns) {
   if (x.ndim() != 2 || x.shape(1) != n_columns) {
-    throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) + " dimensions and " +
-                     std::to_string(x.size()) + " values");
+    throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) +
+                     " dimensions and " + std::to_string(x.size()) + " values");
   }
 }
 
@@ -190,37 +191,47 @@ void bind_kernels(py::module_& m) {
     for (int i = 0; i < count; ++i) list.append(py::cast(all[i], py::return_value_policy::reference));
     return list;
   });
-  m.def("isas", [] {
-    py::list names;
-    for (const KernelTable* table : usable_kernels()) names.append(table->name);
-    return names;
-  }, "Instruction sets that this build has and this CPU runs, best first.");
-  m.def("dequantize", &dequantize, "type_id"_a, "data"_a, "n_values"_a, "File blocks to floats, by the definition of the format.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (const KernelTable* table : usable_kernels()) names.append(table->name);
+        return names;
+      },
+      "Instruction sets that this build has and this CPU runs, best first.");
+  m.def("dequantize", &dequantize, "type_id"_a, "data"_a, "n_values"_a,
+        "File blocks to floats, by the definition of the format.");
   m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
         py::call_guard<py::gil_scoped_release>());
 
+  py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
   py::class_<PanelMatrix>(m, "PackedMatrix", "Weights as the kernels read them; for tests and benchmarks.")
       .def(py::init([](uint32_t type_id, const ByteArray& blocks, int64_t n_rows, int64_t n_columns) {
              return pack_matrix(type_id, blocks.data(), size_t(blocks.size()), n_rows, n_columns);
            }),
            "type_id"_a, "blocks"_a, "n_rows"_a, "n_columns"_a)
       .def_property_readonly("n_bytes", &PanelMatrix::n_bytes)
-      .def("row", [](const PanelMatrix& matrix, int64_t row, const std::string& isa) {
-        py::array_t<float> out(matrix.n_columns);
-        unpack_row(matrix, row, out.mutable_data(), isa);
-        return out;
-      }, "row"_a, "isa"_a = "")
-      .def("multiply", [](const PanelMatrix& matrix, const FloatArray& x, ThreadPool& pool, const std::string& isa) {
-        expect_matrix(x, matrix.n_columns);
-        py::array_t<float> out({x.shape(0), py::ssize_t(matrix.n_rows)});
-        float* to = out.mutable_data();
-        const float* from = x.data();
-        const int64_t n_tokens = x.shape(0);
-        const py::gil_scoped_release release;
-        if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
-        return out;
-      }, "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].");
-  py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
+      .def(
+          "row",
+          [](const PanelMatrix& matrix, int64_t row, const std::string& isa) {
+            py::array_t<float> out(matrix.n_columns);
+            unpack_row(matrix, row, out.mutable_data(), isa);
+            return out;
+          },
+          "row"_a, "isa"_a = "")
+      .def(
+          "multiply",
+          [](const PanelMatrix& matrix, const FloatArray& x, ThreadPool& pool, const std::string& isa) {
+            expect_matrix(x, matrix.n_columns);
+            py::array_t<float> out({x.shape(0), py::ssize_t(matrix.n_rows)});
+            float* to = out.mutable_data();
+            const float* from = x.data();
+            const int64_t n_tokens = x.shape(0);
+            const py::gil_scoped_release release;
+            if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
+            return out;
+          },
+          "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].");
 }
 
 // --- Decoder ---
@@ -280,10 +291,12 @@ KvType kv_type_of(const std::string& name) {
 
 // Runs one of Session's extend functions and returns its logits, float32[0, 1 or n, vocab].
 template <class Extend>
-py::array_t<float> run(Session& session, int64_t n, const std::string& which_name, const py::object& progress, Extend&& extend) {
+py::array_t<float> run(Session& session, int64_t n, const std::string& which_name, const py::object& progress,
+                       Extend&& extend) {
   const LogitsFor which = logits_for(which_name);
   const int64_t n_rows = which == LogitsFor::kNone ? 0 : which == LogitsFor::kLast ? std::min<int64_t>(n, 1) : n;
-  if (n > session.n_context()) throw InputError(std::to_string(n) + " tokens do not fit a context of " + std::to_string(session.n_context()));
+  if (n > session.n_context())
+    throw InputError(std::to_string(n) + " tokens do not fit a context of " + std::to_string(session.n_context()));
   py::array_t<float> logits({py::ssize_t(n_rows), py::ssize_t(session.config().vocab_size)});
   PythonProgress python(progress);
   float* out = logits.mutable_data();
@@ -322,9 +335,18 @@ void bind_config(py::module_& m) {
       .def_readonly("kv_cache", &MemoryNeed::kv_cache)
       .def_readonly("scratch", &MemoryNeed::scratch)
       .def_property_readonly("total", &MemoryNeed::total);
-  m.def("memory_need", [](const gguf::File& file, int64_t n_context, const std::string& kv_type) {
-    return memory_need(file, read_config(file), n_context, kv_type_of(kv_type));
-  }, "file"_a, "n_context"_a, "kv_type"_a = "f16", "What loading the file and one session of n_context tokens take.");
+  m.def(
+      "memory_need",
+      [](const gguf::File& file, int64_t n_context, const std::string& kv_type) {
+        return memory_need(file, read_config(file), n_context, kv_type_of(kv_type));
+      },
+      "file"_a, "n_context"_a, "kv_type"_a = "f16", "What loading the file and one session of n_context tokens take.");
+  m.def(
+      "kv_bytes_per_token",
+      [](const ModelConfig& config, const std::string& kv_type) {
+        return kv_bytes_per_token(config, kv_type_of(kv_type) == KvType::kF16 ? 2 : 4);
+      },
+      "config"_a, "kv_type"_a = "f16");
   m.def("available_memory", [] { return available_memory(); }, "Bytes that this process can still take.");
   m.def("require_memory", &require_memory, "need"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
 }
@@ -335,8 +357,9 @@ void bind_decoder(py::module_& m) {
              PythonProgress python(progress);
              std::shared_ptr<Model> model;
              python.guard([&] {
-               model = std::make_shared<Model>(
-                   file, n_threads, isa, [&python](uint64_t done, uint64_t total) { return python(int64_t(done), int64_t(total)); });
+               model = std::make_shared<Model>(file, n_threads, isa, [&python](uint64_t done, uint64_t total) {
+                 return python(int64_t(done), int64_t(total));
+               });
              });
              return model;
            }),
@@ -352,19 +375,27 @@ void bind_decoder(py::module_& m) {
              return std::make_unique<Session>(std::move(model), n_context, kv_type_of(kv_type));
            }),
            "model"_a, "n_context"_a, "kv_type"_a = "f16")
-      .def("extend", [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {
-        if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
-        return run(session, tokens.size(), logits, progress, [&](LogitsFor which, float* out, const ForwardProgress& forward) {
-          session.extend(tokens.data(), tokens.size(), which, out, forward);
-        });
-      }, "tokens"_a, "logits"_a = "last", "progress"_a = py::none(),
-           "Appends tokens; returns float32[0, 1 or n, vocab]. progress(done, total) may return False to cancel.")
-      .def("extend_embeddings", [](Session& session, const FloatArray& rows, const std::string& logits, const py::object& progress) {
-        expect_matrix(rows, session.config().hidden_size);
-        return run(session, rows.shape(0), logits, progress, [&](LogitsFor which, float* out, const ForwardProgress& forward) {
-          session.extend_embeddings(rows.data(), rows.shape(0), which, out, forward);
-        });
-      }, "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
+      .def(
+          "extend",
+          [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {
+            if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
+            return run(session, tokens.size(), logits, progress,
+                       [&](LogitsFor which, float* out, const ForwardProgress& forward) {
+                         session.extend(tokens.data(), tokens.size(), which, out, forward);
+                       });
+          },
+          "tokens"_a, "logits"_a = "last", "progress"_a = py::none(),
+          "Appends tokens; returns float32[0, 1 or n, vocab]. progress(done, total) may return False to cancel.")
+      .def(
+          "extend_embeddings",
+          [](Session& session, const FloatArray& rows, const std::string& logits, const py::object& progress) {
+            expect_matrix(rows, session.config().hidden_size);
+            return run(session, rows.shape(0), logits, progress,
+                       [&](LogitsFor which, float* out, const ForwardProgress& forward) {
+                         session.extend_embeddings(rows.data(), rows.shape(0), which, out, forward);
+                       });
+          },
+          "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
       .def("truncate", &Session::truncate, "n_tokens"_a)
       .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
       .def_property_readonly("n_tokens", &Session::n_tokens)
@@ -379,8 +410,18 @@ void bind_sampler(py::module_& m) {
       .def(py::init([](float temperature, int top_k, float top_p, float min_p, float repetition_penalty, float presence_penalty,
                        float frequency_penalty, int penalty_window, std::vector<std::pair<int32_t, float>> logit_bias,
                        uint64_t seed, int n_top, std::vector<int32_t> forbidden) {
-             return SamplerOptions{temperature,       top_k,          top_p,      min_p, repetition_penalty, presence_penalty,
-                                   frequency_penalty, penalty_window, std::move(logit_bias), seed, n_top, std::move(forbidden)};
+             return SamplerOptions{temperature,
+                                   top_k,
+                                   top_p,
+                                   min_p,
+                                   repetition_penalty,
+                                   presence_penalty,
+                                   frequency_penalty,
+                                   penalty_window,
+                                   std::move(logit_bias),
+                                   seed,
+                                   n_top,
+                                   std::move(forbidden)};
            }),
            py::kw_only(), py::arg("temperature") = SamplerOptions{}.temperature, py::arg("top_k") = SamplerOptions{}.top_k,
            py::arg("top_p") = SamplerOptions{}.top_p, py::arg("min_p") = SamplerOptions{}.min_p,

@@ -81,6 +81,6 @@ class UnsupportedError(Phi4EdgeError, RuntimeError):
     code = "unsupported"
 
 
-class Cancelled(Phi4EdgeError):
+class Cancelled(Phi4EdgeError):  # noqa: N818  (a request of the caller, like KeyboardInterrupt)
     exit_code = 130
     code = "cancelled"

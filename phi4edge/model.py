@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from phi4edge.prompt import ChatTemplate
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
 
+Self = TypeVar("Self", bound="Model")  # typing.Self came with Python 3.11
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 Progress = Callable[[int, int], bool | None]  # (done, total); False cancels
@@ -170,7 +171,7 @@ class Model:
         self._load_seconds = load_seconds
         self._session: Session | None = None
 
-    def __enter__(self) -> Model:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -189,14 +190,12 @@ class Model:
         return self._kv_bytes(self.context)
 
     def decode_bytes(self, n_tokens: int) -> int:
-        """Bytes of memory read to write one token after ``n_tokens``: the weights without the embedding rows, and the KV cache."""
+        """Bytes read to write one token after ``n_tokens``: weights but for an embedding of its own, and the KV cache."""
         embedding = 0 if self.config.tied_head else self._require_core().embedding_bytes
         return self.weight_bytes - embedding + self._kv_bytes(n_tokens)
 
     def _kv_bytes(self, n_tokens: int) -> int:
-        config = self.config
-        element_bytes = 2 if self.kv_type == "f16" else 4
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * element_bytes * n_tokens
+        return _core.kv_bytes_per_token(self.config, self.kv_type) * n_tokens
 
     def session(self) -> Session:
         """A new, empty sequence of up to ``context`` tokens."""
@@ -232,7 +231,7 @@ class Model:
         *,
         progress: Progress | None = None,
         **overrides: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Pieces of the answer as they come; ``last`` tells the rest afterwards, also when the loop was left early.
 
         prompt: one user message, messages for the chat template, or token ids.
@@ -253,7 +252,9 @@ class Model:
             )
         return self._stream(tokens, config, progress)
 
-    def _stream(self, prompt: list[int], config: GenerationConfig, progress: Progress | None) -> Iterator[Piece]:
+    def _stream(
+        self, prompt: list[int], config: GenerationConfig, progress: Progress | None
+    ) -> Generator[Piece, None, None]:
         if self._session is None:
             self._session = self.session()
         session = self._session
@@ -274,9 +275,8 @@ class Model:
                     yield piece
                 if answer.finish_reason is None:
                     logits = session.extend(answer.tokens[-1:])
-            answer.decode_seconds = time.perf_counter() - started - answer.first_token_seconds
         finally:
-            if answer.first_token_seconds is not None and not answer.decode_seconds:
+            if answer.first_token_seconds is not None:
                 answer.decode_seconds = time.perf_counter() - started - answer.first_token_seconds
             self.last = answer.result(self._load_seconds)
 

@@ -38,18 +38,19 @@ class SentencePieceModel:
 def model_proto(vocabulary: Vocabulary) -> bytes:
     """The serialized ModelProto: one piece per token, with the same ids."""
     types = _piece_types(vocabulary)
+    byte_fallback = TokenType.BYTE in types
     taken = set(vocabulary.tokens)
     seen: set[str] = set()
     pieces = []
     for token, text in enumerate(vocabulary.tokens):
         kind = types[token]
-        if not text or text in seen or not _is_unicode(text):  # never matches, but keeps its id
+        # A token that can never match keeps its id. sentencepiece writes a warning about NUL beside byte tokens.
+        if not text or text in seen or not _is_unicode(text) or (byte_fallback and text == "\0"):
             text, kind = _unused_name(token, taken), TokenType.CONTROL
         seen.add(text)
         pieces.append(_piece(text, vocabulary.scores[token], kind))
     if TokenType.UNKNOWN not in types:
         pieces.append(_piece(_unused_name(len(pieces), taken), 0.0, TokenType.UNKNOWN))
-    byte_fallback = TokenType.BYTE in types
     trainer = _number(3, _BPE) + _number(35, byte_fallback)
     normalizer = _text(1, "identity") + _number(3, False) + _number(4, False) + _number(5, True)
     return b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, normalizer)

@@ -1,23 +1,19 @@
-"""The command line as its users meet it: processes, pipes, signals and terminals."""
+"""The commands but for chat, as users meet them: answers, exit codes, pipes, signals."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import resource
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +23,10 @@ from phi4edge import machine
 from phi4edge.cli import main
 from phi4edge.cli.options import Sampling
 from phi4edge.generation import GenerationConfig
+from processes import COMMAND, DEADLINE, ENDLESSLY, ROOT, Terminal, endless_gguf, is_one_error_line, run
 from tiny_models import tiny_gguf
 
-ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-m", "phi4edge"]
 COMMANDS = ("run", "chat", "info", "bench", "version")
-DEADLINE = 60.0  # seconds; a test that waits this long has failed
 
 
 @pytest.fixture(scope="session")
@@ -43,22 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command that writes for minutes."""
-    path = tiny_gguf(tmp_path_factory.mktemp("cli"), context=200_000, layers=6)
-    return ["run", str(path), "the cat", "--context", "150000", "--max-tokens", "140000"]
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state folder of this test's own."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state"
-
-
-def run(*arguments: str, text: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    options["env"] = os.environ | options.get("env", {})
-    return subprocess.run(
-        [*COMMAND, *arguments], input=text, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, **options
-    )
+    return ["run", endless_gguf(tmp_path_factory.mktemp("cli")), "the cat", *ENDLESSLY]
 
 
 Start = Callable[[list[str]], "subprocess.Popen[str]"]
@@ -87,10 +66,6 @@ HUGE_CONTEXT = 16_000_000  # 16 GiB of keys and values in the tiny model
 
 def allow_4_gib() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-
-
-def is_one_error_line(text: str) -> bool:
-    return text.count("\n") == 1 and text.startswith("phi4edge: error: ") and "Traceback" not in text
 
 
 # --- help and version
@@ -492,230 +467,15 @@ def test_bench_measures(model: str) -> None:
     assert "tokens/s median" in run("bench", model, "-p", "8", "-n", "2", "-r", "1").stdout
 
 
-# --- chat, from a pipe
+def test_a_control_character_does_not_reach_the_terminal() -> None:
+    with closing(Terminal(["info", "evil\x1b]0;title\x07.gguf"])) as terminal:
+        assert terminal.wait() == 3
+        assert "\x1b" not in terminal.shown
 
 
-def test_chat_answers_line_by_line(model: str) -> None:
-    done = run("chat", model, "-n", "4", text="the cat\n/stats\nthe mat\n/stats\n\n/exit\nnever read\n")
-    assert done.returncode == 0
-    counts = re.findall(r"prompt  (\d+) tokens", done.stderr)
-    assert len(counts) == 2
-    assert int(counts[1]) > int(counts[0])  # the second prompt has the first in it
-    assert "known already" in done.stderr
-
-
-def test_chat_commands(model: str) -> None:
-    typed = "/system\n/system Be brief.\n/regen\n/stats\n/help\n/nonsense\n//slash\n/regen\n/clear\n/regen\n"
-    done = run("chat", model, "-n", "4", text=typed)
-    assert done.returncode == 0
-    for told in (
-        "There is no system message.",
-        "System message: Be brief.",
-        "There is nothing to answer yet.",
-        "There is no answer yet.",
-        "/regen          answer the last message again",
-        "There is no command /nonsense",
-        "The conversation is empty.",
-    ):
-        assert told in done.stderr
-    once = run("chat", model, "-n", "4", "--system", "Be brief.", text="//slash\n").stdout
-    assert done.stdout == 2 * once  # the answer and the same one again
-
-
-def test_chat_in_a_pipe_ends_at_the_first_error(model: str) -> None:
-    done = run("chat", model, "--context", "64", "-n", "4", text="the cat " * 500 + "\nthe mat\n")
-    assert done.returncode == 4
-    assert is_one_error_line(done.stderr)
-
-
-# --- chat, on a terminal
-
-
-PROMPT = r"\x1b\[\?2004h[^>]*>"  # the line editor turns on bracketed paste, then shows its prompt
-
-
-class Terminal:
-    """A process on a pseudo-terminal of its own."""
-
-    def __init__(self, arguments: list[str], *, columns: int = 80, **environment: str) -> None:
-        self.master, self.slave = pty.openpty()
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.settings = termios.tcgetattr(self.slave)
-        self.shown = ""
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            cwd=ROOT,
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
-        )
-
-    def type(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def expect(self, pattern: str) -> None:
-        """Waits for text on the screen, and forgets what came before its end."""
-        self._read_until(lambda: re.search(pattern, self.shown) is not None, pattern)
-        found = re.search(pattern, self.shown)
-        assert found is not None
-        self.shown = self.shown[found.end() :]
-
-    def wait(self) -> int:
-        """The exit code; the terminal is as it was before."""
-        self._read_until(lambda: self.process.poll() is not None, "the end")
-        assert termios.tcgetattr(self.slave) == self.settings
-        assert "Traceback" not in self.shown
-        return self.process.wait()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-    def _read_until(self, is_done: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while not is_done():
-            ended = self.process.poll() is not None
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.shown += os.read(self.master, 65536).decode(errors="replace")
-            else:
-                assert not ended or is_done(), f"ended before {what}, showed {self.shown!r}"
-            assert time.monotonic() < deadline, f"waited for {what}, saw {self.shown!r}"
-
-
-@pytest.fixture
-def open_terminal() -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
-
-    def open_one(*arguments: str, **options: Any) -> Terminal:
-        opened.append(Terminal(list(arguments), **options))
-        return opened[-1]
-
-    yield open_one
-    for terminal in opened:
-        terminal.close()
-
-
-@pytest.mark.parametrize("columns", [80, 20])
-def test_chat_on_a_terminal(open_terminal: Callable[..., Terminal], model: str, state: Path, columns: int) -> None:
-    terminal = open_terminal("chat", model, "-n", "5", columns=columns)
-    terminal.expect(PROMPT)
-    terminal.type("the cat\r")
-    terminal.expect(PROMPT)
-    terminal.type("/stats\r")
-    terminal.expect("tokens/s")
-    terminal.expect(PROMPT)
-    terminal.type("one\x1b\rtwo\r")  # Alt-Enter
-    terminal.expect(PROMPT)
-    terminal.type("\x1b[200~three\nfour\x1b[201~\r")  # a paste
-    terminal.expect(PROMPT)
-    terminal.type("half a line\x03")  # Ctrl-C empties the line
-    terminal.expect("Ctrl-D")
-    terminal.expect(PROMPT)
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-    lines = (state / "phi4edge" / "chat-history").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == ["the cat", "/stats", "one\ntwo", "three\nfour"]
-
-
-def test_chat_ctrl_c_stops_the_answer_only(open_terminal: Callable[..., Terminal], endless: list[str]) -> None:
-    terminal = open_terminal("chat", endless[1], *endless[3:])
-    terminal.expect(PROMPT)
-    terminal.type("the cat\r")
-    terminal.expect(r"the cat\W+\w+")
-    time.sleep(0.5)
-    terminal.type("\x03")
-    terminal.expect(PROMPT)
-    terminal.type("/stats\r")
-    terminal.expect("finish: cancelled")
-    terminal.expect(PROMPT)
-    terminal.type("/exit\r")
-    assert terminal.wait() == 0
-
-
-def test_chat_goes_on_after_an_error(open_terminal: Callable[..., Terminal], model: str) -> None:
-    terminal = open_terminal("chat", model, "--context", "64", "-n", "4")
-    terminal.expect(PROMPT)
-    terminal.type("\x1b[200~" + "the cat " * 200 + "\x1b[201~\r")
-    terminal.expect("phi4edge: error: ")
-    terminal.expect(PROMPT)
-    terminal.type("the mat\r")
-    terminal.expect(PROMPT)
-    terminal.type("/stats\r")
-    terminal.expect("answer  [1-4] tokens")
-    terminal.expect(PROMPT)
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-
-
-def test_chat_on_a_dumb_terminal(open_terminal: Callable[..., Terminal], model: str) -> None:
-    terminal = open_terminal("chat", model, "-n", "4", TERM="dumb")
-    terminal.expect("> ")
-    terminal.type("the cat\r")
-    terminal.expect("> ")
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-    assert "\x1b" not in terminal.shown
-
-
-def test_chat_ends_on_sigterm_with_the_terminal_restored(open_terminal: Callable[..., Terminal], model: str) -> None:
-    terminal = open_terminal("chat", model)
-    terminal.expect(PROMPT)
-    time.sleep(0.5)
-    terminal.process.send_signal(signal.SIGTERM)
-    assert terminal.wait() == 143
-
-
-def test_U4_a_damaged_history_is_kept_aside(open_terminal: Callable[..., Terminal], model: str, state: Path) -> None:
-    history = state / "phi4edge" / "chat-history"
-    history.parent.mkdir(parents=True)
-    history.write_bytes(b'"earlier"\n\x00\xff not json\n')
-    terminal = open_terminal("chat", model, "-n", "2")
-    terminal.expect("damaged; kept as chat-history.bak")
-    terminal.expect(PROMPT)
-    terminal.type("/help\r")
-    terminal.expect("/regen")
-    terminal.expect(PROMPT)
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-    assert history.with_name("chat-history.bak").read_bytes().startswith(b'"earlier"\n\x00')
-    assert history.read_text() == '"/help"\n'
-    assert history.stat().st_mode & 0o777 == 0o600
-
-
-def test_U2_a_history_that_cannot_be_written_is_a_warning(
-    open_terminal: Callable[..., Terminal], model: str, state: Path
-) -> None:
-    state.write_text("a file where the folder should be")
-    terminal = open_terminal("chat", model, "-n", "2")
-    terminal.expect(PROMPT)
-    terminal.type("/help\r")
-    terminal.expect("not remembered")
-    terminal.expect(PROMPT)
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-
-
-def test_chat_remembers_earlier_lines(open_terminal: Callable[..., Terminal], model: str, state: Path) -> None:
-    history = state / "phi4edge" / "chat-history"
-    history.parent.mkdir(parents=True)
-    history.write_text('"the first"\n"the second"\n')
-    terminal = open_terminal("chat", model, "-n", "2")
-    terminal.expect(PROMPT)
-    time.sleep(0.5)
-    terminal.type("\x1b[A\x1b[A")  # twice up
-    terminal.expect("the first")
-    terminal.type("\x03")
-    terminal.expect(PROMPT)
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-
-
-def test_a_control_character_does_not_reach_the_terminal(open_terminal: Callable[..., Terminal]) -> None:
-    terminal = open_terminal("info", "evil\x1b]0;title\x07.gguf")
-    assert terminal.wait() == 3
-    assert "\x1b" not in terminal.shown
+def test_U6_ctrl_c_on_a_terminal(endless: list[str]) -> None:
+    with closing(Terminal([*endless[:2], "the cat " * 15_000, *endless[3:]])) as terminal:
+        terminal.expect("Reading the prompt")  # a progress bar
+        terminal.type("\x03")
+        assert terminal.wait() == 130
+        assert "interrupted" in terminal.shown

@@ -147,8 +147,10 @@ def test_a_llama_file_has_interleaved_rope_and_separate_tensors(tmp_path: Path) 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_weights_take_at_least_what_the_file_holds(tmp_path: Path, quantized: bool, n_threads: int) -> None:
-    model = load(TinyFile("llama", quantized), tmp_path, n_threads)
-    assert model.weight_bytes >= 0.9 * sum(tensor.n_bytes for tensor in model.file.tensors)
+    file = _core.GgufFile(TinyFile("llama", quantized).write(tmp_path / "tiny.gguf"))
+    model = _core.Model(file, n_threads)
+    assert model.weight_bytes >= 0.9 * sum(tensor.n_bytes for tensor in file.tensors)
+    assert model.weight_bytes == _core.memory_need(file, 1).weights
 
 
 def test_head_count_kv_defaults_to_head_count(tmp_path: Path) -> None:

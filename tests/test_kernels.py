@@ -1,4 +1,4 @@
-"""Kernels against the definition of each format, in float64: every instruction set, format, odd size and token count."""
+"""Kernels against the definition of each format, in float64: every instruction set, format, odd size and batch."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_all_instruction_sets_compute_the_same_integers(name: str) -> None:
         x[:, 5] *= 100  # an outlier channel: the exponents of the activation blocks differ
         reference = matrix.multiply(x, pool, "scalar")
         for isa in _core.isas():
-            np.testing.assert_allclose(matrix.multiply(x, pool, isa), reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+            np.testing.assert_allclose(
+                matrix.multiply(x, pool, isa), reference, rtol=0, atol=2e-5 * np.abs(reference).max()
+            )
 
 
 @pytest.mark.parametrize("isa", _core.isas())
@@ -120,14 +122,18 @@ def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
             blocks = random_blocks(name, 16, n_columns).reshape(-1, FORMATS[name].block_bytes)
             keep = random_blocks(name, 16, n_columns, seed=2).reshape(blocks.shape)
             blocks[:] = fill
-            for at in {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}.get(name, [0, 2] if name[-1] == "1" or name in ("Q4_K", "Q5_K") else [0]):
+            for at in {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}.get(
+                name, [0, 2] if name[-1] == "1" or name in ("Q4_K", "Q5_K") else [0]
+            ):
                 blocks[:, at : at + 2] = keep[:, at : at + 2]
             matrix = _core.PackedMatrix(FORMATS[name].type_id, blocks.reshape(-1), 16, n_columns)
             for sign in (1.0, -1.0):
                 x = np.full((9, n_columns), sign * 3.0, np.float32)
                 weights = exact_weights(name, blocks.reshape(-1), 16, n_columns).astype(np.float64)
                 expected = x.astype(np.float64) @ weights.T
-                np.testing.assert_allclose(matrix.multiply(x, pool, isa), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max() + 1e-6)
+                np.testing.assert_allclose(
+                    matrix.multiply(x, pool, isa), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max() + 1e-6
+                )
 
 
 def test_an_unknown_instruction_set_is_an_error_that_lists_the_known_ones() -> None:

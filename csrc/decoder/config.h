@@ -11,7 +11,7 @@
 namespace phi4edge {
 
 struct RopeConfig {
-  int64_t n_dims = 0;             // leading dims of each head that are rotated; even
+  int64_t n_dims = 0;  // leading dims of each head that are rotated; even
   double base = 10000.0;
   bool interleaved = false;       // pairs (2i, 2i+1) instead of (i, i + n_dims / 2)
   double position_scale = 1.0;    // linear scaling: positions are multiplied by this
@@ -19,15 +19,15 @@ struct RopeConfig {
   // Divisors of the frequencies, n_dims / 2 each, or empty.  `factors_long` holds beyond `original_context` tokens in the
   // sequence; equal to `factors_short` in models that have only one set.
   std::vector<float> factors_short, factors_long;
-  int64_t original_context = 0;   // 0: never switches
+  int64_t original_context = 0;  // 0: never switches
 };
 
 struct ModelConfig {
-  std::string architecture;       // general.architecture
-  std::string name;               // general.name, may be empty
+  std::string architecture;  // general.architecture
+  std::string name;          // general.name, may be empty
   int64_t n_layers = 0, hidden_size = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, ffn_size = 0, vocab_size = 0;
-  int64_t context_length = 0;     // trained
-  int64_t sliding_window = 0;     // keys a query may see, itself included; 0 is all
+  int64_t context_length = 0;  // trained
+  int64_t sliding_window = 0;  // keys a query may see, itself included; 0 is all
   float rms_epsilon = 1e-5f;
   bool tied_head = false;
   RopeConfig rope;
@@ -49,7 +49,7 @@ struct LayerLayout {
 // Every weight of a decoder in this file, with the shape that the config asks for.
 struct TensorLayout {
   TensorSpec embedding, output_norm;
-  std::optional<TensorSpec> head;   // none when tied to the embedding
+  std::optional<TensorSpec> head;  // none when tied to the embedding
   std::vector<LayerLayout> layers;
 
   std::vector<const TensorSpec*> all() const;

@@ -11,7 +11,7 @@
 namespace phi4edge {
 namespace {
 
-constexpr int64_t kQueryTokens = 8;  // tokens whose queries meet a KV head together
+constexpr int64_t kQueryTokens = 8;                       // tokens whose queries meet a KV head together
 constexpr size_t kLoopsPerLayer = 16, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
 
 int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
@@ -39,7 +39,9 @@ Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type
       activations_(kBatch, std::max({config().hidden_size, q_dim_, config().ffn_size})),
       counters_(size_t(config().n_layers) * kLoopsPerLayer + kLoopsOutside) {
   const ModelConfig& c = config();
-  const auto allocate = [](int64_t columns) { return allocate_aligned<float>(size_t(kBatch) * size_t(columns), "activations"); };
+  const auto allocate = [](int64_t columns) {
+    return allocate_aligned<float>(size_t(kBatch) * size_t(columns), "activations");
+  };
   x_ = allocate(c.hidden_size);
   normed_ = allocate(c.hidden_size);
   delta_ = allocate(c.hidden_size);
@@ -49,8 +51,8 @@ Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type
   ffn_ = allocate(c.ffn_size);
   cosine_ = allocate(c.rope.n_dims / 2);
   sine_ = allocate(c.rope.n_dims / 2);
-  const size_t scratch = std::max(model_->kernels().matmul_scratch_bytes(kBatch),
-                                  attention_scratch(model_->kernels(), c, cache_.value_dim()));
+  const size_t scratch =
+      std::max(model_->kernels().matmul_scratch_bytes(kBatch), attention_scratch(model_->kernels(), c, cache_.value_dim()));
   for (int thread = 0; thread < model_->pool().size(); ++thread) {
     thread_scratch_.push_back(allocate_aligned<uint8_t>(scratch, "scratch"));
   }

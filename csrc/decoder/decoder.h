@@ -89,9 +89,9 @@ class Session {
   int64_t n_context_;
   KvCache cache_;
   std::vector<Input> inputs_;
-  std::vector<float> embedding_rows_;   // of the inputs that are not tokens, in order
-  int64_t n_cached_ = 0;                // leading inputs whose keys and values are valid
-  bool cached_long_ = false;            // computed with the long factors
+  std::vector<float> embedding_rows_;  // of the inputs that are not tokens, in order
+  int64_t n_cached_ = 0;               // leading inputs whose keys and values are valid
+  bool cached_long_ = false;           // computed with the long factors
 
   // Scratch of one batch.
   int64_t q_dim_, kv_dim_;

@@ -19,7 +19,8 @@ class KvCache {
   KvCache(const ModelConfig& config, int64_t n_positions, KvType type);
 
   // key and value: head_dim floats; key is already rotated.
-  void store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value, const KernelTable& kernels);
+  void store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value,
+             const KernelTable& kernels);
   const void* keys(int64_t layer, int64_t kv_head) const;
   const void* values(int64_t layer, int64_t kv_head) const;
 

@@ -25,13 +25,14 @@ PanelMatrix pack_matrix(uint32_t type_id, const uint8_t* blocks, size_t n_bytes,
   matrix.panel_bytes = format->panel_bytes(n_columns);
   matrix.data = allocate_aligned<uint8_t>(matrix.n_bytes(), "a matrix");
   for (int64_t row = 0; row < n_rows; row += kPanelRows) {
-    format->pack(blocks + size_t(row) * format->row_bytes(n_columns), int(std::min<int64_t>(kPanelRows, n_rows - row)), n_columns,
-                 matrix.data.get() + size_t(row / kPanelRows) * matrix.panel_bytes);
+    format->pack(blocks + size_t(row) * format->row_bytes(n_columns), int(std::min<int64_t>(kPanelRows, n_rows - row)),
+                 n_columns, matrix.data.get() + size_t(row / kPanelRows) * matrix.panel_bytes);
   }
   return matrix;
 }
 
-void multiply(const PanelMatrix& matrix, const float* x, int64_t n_tokens, float* out, ThreadPool& pool, const std::string& isa) {
+void multiply(const PanelMatrix& matrix, const float* x, int64_t n_tokens, float* out, ThreadPool& pool,
+              const std::string& isa) {
   const KernelTable& kernels = select_kernels(isa);
   ActivationBuffer activations(n_tokens, matrix.n_columns);
   WorkCounters counters(2);
@@ -45,12 +46,14 @@ void multiply(const PanelMatrix& matrix, const float* x, int64_t n_tokens, float
       activations.quantize(x + token * matrix.n_columns, token, n_tokens, matrix.n_columns, kernels);
     });
     worker.wait();
-    matmul(worker, kernels, {&matrix, 1}, activations.view(n_tokens, matrix.n_columns, x, matrix.n_columns), out, matrix.n_rows);
+    matmul(worker, kernels, {&matrix, 1}, activations.view(n_tokens, matrix.n_columns, x, matrix.n_columns), out,
+           matrix.n_rows);
   });
 }
 
 void unpack_row(const PanelMatrix& matrix, int64_t row, float* out, const std::string& isa) {
-  if (row < 0 || row >= matrix.n_rows) throw InputError("row " + std::to_string(row) + " is not in 0.." + std::to_string(matrix.n_rows - 1));
+  if (row < 0 || row >= matrix.n_rows)
+    throw InputError("row " + std::to_string(row) + " is not in 0.." + std::to_string(matrix.n_rows - 1));
   const uint8_t* panel = matrix.data.get() + size_t(row / kPanelRows) * matrix.panel_bytes;
   select_kernels(isa).dequantize_row[format_index(*matrix.format)](panel, int(row % kPanelRows), matrix.n_columns, out);
 }

@@ -26,15 +26,15 @@ struct PanelMatrix {
 
 struct LayerWeights {
   std::vector<float> attention_norm, ffn_norm;  // [hidden_size]
-  std::vector<PanelMatrix> qkv;      // one fused matrix, or q, k, v; stacked rows are always Q, then K, then V
+  std::vector<PanelMatrix> qkv;                 // one fused matrix, or q, k, v; stacked rows are always Q, then K, then V
   PanelMatrix attention_output;
   std::vector<PanelMatrix> gate_up;  // one fused matrix, or gate, up; stacked rows are always gate, then up
   PanelMatrix down;
 };
 
 struct Weights {
-  PanelMatrix embedding;             // [vocab, hidden]
-  PanelMatrix head;                  // empty (format == nullptr) when tied to the embedding
+  PanelMatrix embedding;  // [vocab, hidden]
+  PanelMatrix head;       // empty (format == nullptr) when tied to the embedding
   std::vector<float> output_norm;
   std::vector<LayerWeights> layers;
 

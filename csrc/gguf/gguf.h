@@ -21,20 +21,21 @@ using Value = std::variant<uint64_t, int64_t, double, bool, std::string, std::sh
 
 // Arrays hold one element kind; nested arrays are refused.
 struct Array {
-  std::variant<std::vector<uint64_t>, std::vector<int64_t>, std::vector<double>, std::vector<bool>, std::vector<std::string>> items;
+  std::variant<std::vector<uint64_t>, std::vector<int64_t>, std::vector<double>, std::vector<bool>, std::vector<std::string>>
+      items;
   size_t size() const;
 };
 
 struct Tensor {
   std::string name;
-  uint32_t type_id = 0;         // ggml type
-  std::vector<int64_t> shape;   // ggml order: shape[0] is the row length; 1 to 4 entries
-  int shard = 0;                // index into File::paths()
-  uint64_t offset = 0;          // bytes from the start of that shard
+  uint32_t type_id = 0;        // ggml type
+  std::vector<int64_t> shape;  // ggml order: shape[0] is the row length; 1 to 4 entries
+  int shard = 0;               // index into File::paths()
+  uint64_t offset = 0;         // bytes from the start of that shard
   uint64_t n_bytes = 0;
 
   int64_t n_columns() const { return shape[0]; }
-  int64_t n_rows() const;       // product of the other dimensions
+  int64_t n_rows() const;  // product of the other dimensions
 };
 
 class File {
@@ -48,19 +49,19 @@ class File {
 
   const std::vector<std::string>& paths() const;
   uint32_t version() const;
-  uint64_t size_on_disk() const;                 // all shards
+  uint64_t size_on_disk() const;                                       // all shards
   const std::vector<std::pair<std::string, Value>>& metadata() const;  // in file order
-  const std::vector<Tensor>& tensors() const;    // in file order
-  const std::vector<std::string>& warnings() const;  // e.g. trailing bytes after the last tensor
+  const std::vector<Tensor>& tensors() const;                          // in file order
+  const std::vector<std::string>& warnings() const;                    // e.g. trailing bytes after the last tensor
 
-  const Value* find(std::string_view key) const;       // nullptr when absent
+  const Value* find(std::string_view key) const;           // nullptr when absent
   const Tensor* find_tensor(std::string_view name) const;  // nullptr when absent
 
   // Typed look-up.  A present key of the wrong kind, or out of range, is a BundleError that names it.
   // Integers of any width and sign are accepted where the value fits.
   int64_t require_int(std::string_view key, int64_t minimum, int64_t maximum) const;
   int64_t int_or(std::string_view key, int64_t fallback, int64_t minimum, int64_t maximum) const;
-  double require_float(std::string_view key) const;    // finite; integers are accepted
+  double require_float(std::string_view key) const;  // finite; integers are accepted
   double float_or(std::string_view key, double fallback) const;
   std::string string_or(std::string_view key, const std::string& fallback) const;
   std::string require_string(std::string_view key) const;

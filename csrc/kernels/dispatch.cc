@@ -6,7 +6,6 @@
 
 #include "base/error.h"
 
-
 namespace phi4edge {
 
 #ifdef PHI4EDGE_HAVE_X86_AVX512VNNI

@@ -6,8 +6,9 @@
 //   Bytes (4 codes a lane), Ints, Floats
 //   load_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
 //   dot(acc, unsigned codes, signed codes)  dot_signed  kSignedBias (what dot_signed adds to each signed code)
-//   load_ints  load_u16  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer to the count)  add
-//   load  store  load_half  store_half  set1(float)  mul  sub  fma  max  div  to_float  round  as_floats  as_ints  reduce_max  reduce_sum
+//   load_ints  load_u16  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer to the
+//   count)  add load  store  load_half  store_half  set1(float)  mul  sub  fma  max  div  to_float  round  as_floats  as_ints
+//   reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -32,9 +33,9 @@ PHI4EDGE_INLINE void unroll(Body&& body) {
   }
 }
 
-constexpr int kGroups = 8;                              // of 4 columns in 32
-constexpr int kParts = kPanelRows / V::kRows;           // registers that cover the rows of a panel
-constexpr int64_t kPrefetchBytes = 5 * 1024;            // ahead of the codes in use while decoding
+constexpr int kGroups = 8;                     // of 4 columns in 32
+constexpr int kParts = kPanelRows / V::kRows;  // registers that cover the rows of a panel
+constexpr int64_t kPrefetchBytes = 5 * 1024;   // ahead of the codes in use while decoding
 
 // ---------------------------------------------------------------- quantised weights
 
@@ -54,7 +55,8 @@ struct Layout {
 
 // Scales (and minimums) of the super-block, for the rows of one register: [sub][kRows].
 template <class F>
-PHI4EDGE_INLINE void load_scales(const uint8_t* header, int64_t super_block, int n_blocks32, int row, float* scale, float* minimum) {
+PHI4EDGE_INLINE void load_scales(const uint8_t* header, int64_t super_block, int n_blocks32, int row, float* scale,
+                                 float* minimum) {
   if constexpr (F::kValues == kSuperBlock) {
     F::template scales<V>(header + super_block * F::kScaleBytes, row, scale, minimum);
   } else {
@@ -139,7 +141,8 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
         for (int t = 0; t < T; ++t) total[t] = V::load(result[t] + row);
         const uint8_t* lines = panel + header + sb * 8 * L::kLineBytes32 + 4 * row;
         for (int j = 0; j < m; ++j, lines += L::kLineBytes32) {
-          if (part == 0) unroll<L::Codes::kLines>([&](auto i) { __builtin_prefetch(lines + kPrefetchBytes + i.value * kLineBytes); });
+          if (part == 0)
+            unroll<L::Codes::kLines>([&](auto i) { __builtin_prefetch(lines + kPrefetchBytes + i.value * kLineBytes); });
           typename V::Ints sum[T];
           unroll<2>([&](auto h) {  // sixteen columns each
             typename V::Ints part_sum[T];
@@ -193,7 +196,8 @@ void expand(const uint8_t* panel, int64_t header, int64_t super_block, int n_blo
 
 // R row registers x T tokens over one super-block; adds to out[token * out_stride + r * kRows].
 template <class F, int R, int T>
-PHI4EDGE_INLINE void matmul_tile(const Expanded* w, const Activations& x, int64_t at, int n_blocks32, float* out, int64_t out_stride) {
+PHI4EDGE_INLINE void matmul_tile(const Expanded* w, const Activations& x, int64_t at, int n_blocks32, float* out,
+                                 int64_t out_stride) {
   typename V::Floats total[R][T];
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) total[r][t] = V::load(out + t * out_stride + r * V::kRows);
@@ -231,8 +235,8 @@ PHI4EDGE_INLINE void matmul_tile(const Expanded* w, const Activations& x, int64_
           for (int r = 0; r < R; ++r) {
             total[r][t] = add_sub_block(total[r][t], sum[r][t], x_scale, V::load(w[r].scale[sub]));
             if constexpr (F::kHasMin) {
-              total[r][t] = subtract_minimum<F>(total[r][t], neg_sums + t * 16, neg_sums32 + t * 8, sub, shifts + t * 16, x_scale,
-                                                V::load(w[r].minimum[sub]));
+              total[r][t] = subtract_minimum<F>(total[r][t], neg_sums + t * 16, neg_sums32 + t * 8, sub, shifts + t * 16,
+                                                x_scale, V::load(w[r].minimum[sub]));
             }
           }
         }
@@ -254,7 +258,7 @@ PHI4EDGE_INLINE void for_token_tiles(int64_t n, Body&& body) {
   });
 }
 
-constexpr int kTileRows = V::kTileParts * V::kRows;                          // rows of a tile
+constexpr int kTileRows = V::kTileParts * V::kRows;                                // rows of a tile
 constexpr int kGroupPanels = kTileRows > kPanelRows ? kTileRows / kPanelRows : 1;  // panels that are computed together
 constexpr int kGroupParts = kGroupPanels * kParts;
 
@@ -313,7 +317,8 @@ constexpr int64_t kDirectTokens = 4;  // up to here unpacking each time is cheap
 template <class F>
 void matmul_quantized(const MatmulTask& task) {
   if (task.x->n_tokens > 2 * kDirectTokens) return matmul_expanded<F>(task);
-  for_token_tiles<kDirectTokens>(task.x->n_tokens, [&](auto tile, int64_t first) { matmul_direct<F, tile.value>(task, first); });
+  for_token_tiles<kDirectTokens>(task.x->n_tokens,
+                                 [&](auto tile, int64_t first) { matmul_direct<F, tile.value>(task, first); });
 }
 
 template <class F>
@@ -446,10 +451,9 @@ PHI4EDGE_INLINE float largest16(const float* in) {
   return V::reduce_max(largest);
 }
 
-// 32 values to codes.  Rounding errors are a matter of luck, and there are a few largest codes to try one's luck with: the
-// best of four has about 15 % less squared error than always 127.
-PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums, float& neg_sum32) {
-  constexpr int kTries = 4;
+// 32 values to codes.
+PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
+                                float& neg_sum32) {
   const float max16[2] = {largest16(in), largest16(in + 16)};
   const float max32 = max16[0] > max16[1] ? max16[0] : max16[1];
   if (!(max32 > 1e-30f)) {  // nothing there, or too little for its reciprocal
@@ -458,39 +462,26 @@ PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, in
     shifts[0] = shifts[1] = 0, neg_sums[0] = neg_sums[1] = 0;
     return;
   }
-  int e[2] = {0, 0};
+  const float inverse = 127.0f / max32;
+  int32_t bits32, sum32 = 0;
+  std::memcpy(&bits32, &max32, 4);
   for (int half = 0; half < 2; ++half) {
-    while (e[half] < 7 && max16[half] * float(2 << e[half]) <= max32) ++e[half];
-  }
-  float best = 3.0e38f, factor = 0;
-  for (int attempt = 0; attempt < kTries; ++attempt) {
-    const float inverse = float(127 - attempt) / max32;
-    float squared = 0;
-    for (int half = 0; half < 2; ++half) {
-      auto error = V::set1(0.0f);
-      for (int i = 0; i < 16; i += V::kRows) {
-        const auto v = V::mul(V::load(in + 16 * half + i), V::set1(inverse * float(1 << e[half])));
-        const auto d = V::sub(v, V::to_float(V::round(v)));
-        error = V::fma(d, d, error);
-      }
-      squared += V::reduce_sum(error) / float(1 << (2 * e[half]));
-    }
-    squared /= inverse * inverse;
-    if (squared < best) best = squared, factor = inverse;
-  }
-  int32_t sum32 = 0;
-  for (int half = 0; half < 2; ++half) {
+    int32_t bits16;
+    std::memcpy(&bits16, &max16[half], 4);
+    const int ratio = (bits32 - bits16) >> 23;  // floor(log2(max32 / max16)), by the order of the bits of floats
+    const int e = ratio < 7 ? ratio : 7;
+    const auto factor = V::set1(inverse * float(1 << e));
     auto sum = V::set1(0);
     for (int i = 16 * half; i < 16 * half + 16; i += V::kRows) {
-      const auto q = V::round(V::mul(V::load(in + i), V::set1(factor * float(1 << e[half]))));
+      const auto q = V::round(V::mul(V::load(in + i), factor));
       V::store_codes(codes + i, q);
       sum = V::add(sum, q);
     }
-    shifts[half] = 7 - e[half];
+    shifts[half] = 7 - e;
     neg_sums[half] = -V::reduce_sum(sum);
     sum32 += neg_sums[half] * (1 << shifts[half]);
   }
-  scale = 1.0f / (128.0f * factor);
+  scale = max32 * (1.0f / (127.0f * 128.0f));
   neg_sum32 = float(sum32) * scale;
 }
 
@@ -533,7 +524,8 @@ PHI4EDGE_INLINE void key_scores(const AttentionTask& task, int64_t first_key, in
         for (int t = 0; t < T; ++t) acc[r][t] = V::set1(0.0f);
       }
       const uint8_t* w = keys + part / kParts * panel_bytes + part % kParts * V::kRows * int(sizeof(typename E::Block));
-      float_tile<E, N, T>(w, line, panel_bytes, task.head_dim, task.queries + first * task.query_stride, task.query_stride, acc);
+      float_tile<E, N, T>(w, line, panel_bytes, task.head_dim, task.queries + first * task.query_stride, task.query_stride,
+                          acc);
       for (int t = 0; t < T; ++t) {
         for (int r = 0; r < N; ++r) V::store(scores + (first + t) * kKeyBlock + (part + r) * V::kRows, acc[r][t]);
       }
@@ -550,7 +542,8 @@ PHI4EDGE_INLINE void key_scores(const AttentionTask& task, int64_t first_key, in
 // out[query][dim] += sum over keys of weight[query][key] * value[key][dim]
 template <class E>
 PHI4EDGE_INLINE void add_values(const AttentionTask& task, int64_t first_key, int n_keys, const float* weights, float* out) {
-  const int64_t line = task.value_dim * int64_t(sizeof(typename E::Block)), panel_bytes = kPanelRows * sizeof(typename E::Block);
+  const int64_t line = task.value_dim * int64_t(sizeof(typename E::Block)),
+                panel_bytes = kPanelRows * sizeof(typename E::Block);
   const auto* values = static_cast<const uint8_t*>(task.values) + first_key * line;
   constexpr int R = V::kTileParts;
   const int n_parts = task.value_dim / V::kRows;
@@ -582,7 +575,7 @@ template <class E>
 void attention(const AttentionTask& task) {
   const int n = task.n_queries;
   auto* scores = static_cast<float*>(task.scratch);  // [query][kKeyBlock]
-  float* acc = scores + n * kKeyBlock;                // [query][value_dim]
+  float* acc = scores + n * kKeyBlock;               // [query][value_dim]
   float *maximum = acc + n * task.value_dim, *sum = maximum + n;
   constexpr float kNone = -3.0e38f;
   int64_t first = task.first_key[0], last = task.last_key[0];
@@ -639,12 +632,15 @@ size_t matmul_scratch_bytes(int64_t n_tokens) {
   return kGroupParts * sizeof(Expanded) + size_t(n_tokens) * kGroupPanels * kPanelRows * sizeof(float);
 }
 
-size_t attention_scratch_bytes(int n_queries, int value_dim) { return size_t(n_queries) * (kKeyBlock + value_dim + 2) * sizeof(float); }
+size_t attention_scratch_bytes(int n_queries, int value_dim) {
+  return size_t(n_queries) * (kKeyBlock + value_dim + 2) * sizeof(float);
+}
 
 constexpr KernelTable make_table(const char* name) {
   KernelTable table{};
   table.name = name;
-#define X(F) table.matmul[int(FormatIndex::F)] = matmul_float<F>, table.dequantize_row[int(FormatIndex::F)] = dequantize_float_row<F>;
+#define X(F) \
+  table.matmul[int(FormatIndex::F)] = matmul_float<F>, table.dequantize_row[int(FormatIndex::F)] = dequantize_float_row<F>;
   PHI4EDGE_FLOAT_FORMATS(X)
 #undef X
 #define X(F) \
@@ -665,8 +661,8 @@ constexpr KernelTable make_table(const char* name) {
 }  // namespace phi4edge
 
 // The one symbol of an instruction set's object file.
-#define PHI4EDGE_DEFINE_KERNELS(isa)                                     \
-  namespace phi4edge {                                                   \
-  extern const KernelTable k_kernels_##isa;                              \
-  const KernelTable k_kernels_##isa = make_table(#isa);                  \
+#define PHI4EDGE_DEFINE_KERNELS(isa)                    \
+  namespace phi4edge {                                  \
+  extern const KernelTable k_kernels_##isa;             \
+  const KernelTable k_kernels_##isa = make_table(#isa); \
   }

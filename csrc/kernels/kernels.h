@@ -15,15 +15,15 @@ namespace phi4edge {
 // one large value coarsens only its 15 neighbours:  x = scale * (code << shift),  shift = 7 - e,  e = 0 .. 7
 // All arrays are [super-block][token], so that a tile of tokens is one forward stream.
 struct Activations {
-  int64_t n_tokens = 0;        // tokens laid out, the stride of the arrays
-  int64_t n_columns = 0;       // of the matrix they meet; codes beyond it are zero
-  const int8_t* codes = nullptr;       // [.][.][256], -127 .. 127
-  const float* scales = nullptr;       // [.][.][8]
-  const int32_t* shifts = nullptr;     // [.][.][16]
-  const int32_t* neg_sums = nullptr;   // [.][.][16]: minus the sum of 16 codes
-  const float* neg_sums32 = nullptr;   // [.][.][8]: minus the sum of 32 values x
-  const float* values = nullptr;       // the same activations as floats, for float weights
-  int64_t value_stride = 0;            // from token to token
+  int64_t n_tokens = 0;               // tokens laid out, the stride of the arrays
+  int64_t n_columns = 0;              // of the matrix they meet; codes beyond it are zero
+  const int8_t* codes = nullptr;      // [.][.][256], -127 .. 127
+  const float* scales = nullptr;      // [.][.][8]
+  const int32_t* shifts = nullptr;    // [.][.][16]
+  const int32_t* neg_sums = nullptr;  // [.][.][16]: minus the sum of 16 codes
+  const float* neg_sums32 = nullptr;  // [.][.][8]: minus the sum of 32 values x
+  const float* values = nullptr;      // the same activations as floats, for float weights
+  int64_t value_stride = 0;           // from token to token
 };
 
 struct MutableActivations {
@@ -37,29 +37,29 @@ struct MutableActivations {
 struct MatmulTask {
   const uint8_t* panels;
   size_t panel_bytes;
-  int64_t n_rows;       // the last panel may be partly filled
+  int64_t n_rows;  // the last panel may be partly filled
   int64_t n_columns;
   const Activations* x;
   float* out;
   int64_t out_stride;
-  void* scratch;        // KernelTable::matmul_scratch_bytes(n_tokens) bytes, aligned to 64
+  void* scratch;  // KernelTable::matmul_scratch_bytes(n_tokens) bytes, aligned to 64
 };
 
 // Softmax attention of a tile of query rows over one KV head.
 // K: [key / 16][head_dim][16 keys], V: [key][value_stride]; elements are half or float.
 struct AttentionTask {
-  const float* queries;      // row i starts at queries + i * query_stride; already multiplied by 1 / sqrt(head_dim)
+  const float* queries;  // row i starts at queries + i * query_stride; already multiplied by 1 / sqrt(head_dim)
   int64_t query_stride;
   int n_queries;
   const int64_t* first_key;  // row i sees keys first_key[i] .. last_key[i]
   const int64_t* last_key;
-  int head_dim;              // any
-  int value_dim;             // head_dim rounded up to 16
+  int head_dim;   // any
+  int value_dim;  // head_dim rounded up to 16
   const void* keys;
   const void* values;
-  float* out;                // row i at out + i * out_stride, head_dim values
+  float* out;  // row i at out + i * out_stride, head_dim values
   int64_t out_stride;
-  void* scratch;             // KernelTable::attention_scratch_bytes(n_queries, value_dim)
+  void* scratch;  // KernelTable::attention_scratch_bytes(n_queries, value_dim)
 };
 
 struct KernelTable {

@@ -53,7 +53,9 @@ struct V {
   static Ints load_ints(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Ints load_u16(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static Ints set1(int32_t v) { return {_mm256_set1_epi32(v)}; }
-  static Ints field(Ints v, int shift, int mask) { return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))}; }
+  static Ints field(Ints v, int shift, int mask) {
+    return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))};
+  }
   static Ints signed_byte(Ints v, int i) { return {_mm256_srai_epi32(_mm256_slli_epi32(v.v, 24 - 8 * i), 24)}; }
   static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(*n))}; }

@@ -10,11 +10,11 @@ inline constexpr int kPanelRows = 16;    // rows that lie side by side in a pane
 inline constexpr int kSuperBlock = 256;  // values per activation super-block
 
 struct Format {
-  const char* name;      // as GGUF tools spell it: "Q4_K"
-  uint32_t type_id;      // ggml type number
-  int block_values;      // values per block: 1, 32 or 256
+  const char* name;  // as GGUF tools spell it: "Q4_K"
+  uint32_t type_id;  // ggml type number
+  int block_values;  // values per block: 1, 32 or 256
   int block_bytes;
-  bool is_float;         // F32, F16, BF16
+  bool is_float;  // F32, F16, BF16
 
   // n_values is a multiple of block_values.
   void (*dequantize)(const void* blocks, int64_t n_values, float* out);
@@ -26,9 +26,9 @@ struct Format {
   size_t row_bytes(int64_t n_columns) const { return size_t(n_columns / block_values) * size_t(block_bytes); }
 };
 
-const Format* find_format(uint32_t type_id);          // nullptr when we do not read that type
-const Format* const* formats(int* count);             // all, in the order of formats.h
-int format_index(const Format& format);               // place in that order
-const char* ggml_type_name(uint32_t type_id);         // also of types we do not read; nullptr when unknown
+const Format* find_format(uint32_t type_id);   // nullptr when we do not read that type
+const Format* const* formats(int* count);      // all, in the order of formats.h
+int format_index(const Format& format);        // place in that order
+const char* ggml_type_name(uint32_t type_id);  // also of types we do not read; nullptr when unknown
 
 }  // namespace phi4edge

@@ -38,7 +38,8 @@ void pack_floats(const void* rows, int n_rows, int64_t n_columns, uint8_t* panel
     const int64_t end = begin + kTile < n_columns ? begin + kTile : n_columns;
     for (int row = 0; row < n_rows; ++row) {
       for (int64_t column = begin; column < end; ++column) {
-        std::memcpy(panel + size_t(column * kPanelRows + row) * kSize, source + size_t(row * n_columns + column) * kSize, kSize);
+        std::memcpy(panel + size_t(column * kPanelRows + row) * kSize, source + size_t(row * n_columns + column) * kSize,
+                    kSize);
       }
     }
   }
@@ -77,14 +78,15 @@ void pack_blocks(const void* rows, int n_rows, int64_t n_columns, uint8_t* panel
   }
 }
 
-#define X(F)                                                                                              \
-  constexpr Format k##F##Format{F::kName,           F::kTypeId, F::kValues, sizeof(F::Block), true, dequantize_values<F>, \
-                                float_panel_bytes<F>, pack_floats<F>};
+#define X(F)                                                                                            \
+  constexpr Format k##F##Format{F::kName, F::kTypeId,           F::kValues,           sizeof(F::Block), \
+                                true,     dequantize_values<F>, float_panel_bytes<F>, pack_floats<F>};
 PHI4EDGE_FLOAT_FORMATS(X)
 #undef X
-#define X(F)                                                                                               \
-  constexpr Format k##F##Format{F::kName,               F::kTypeId,    F::kValues, sizeof(F::Block), false, dequantize_values<F>, \
-                                quantized_panel_bytes<F>, pack_blocks<F>};
+#define X(F)                                                                                                          \
+  constexpr Format k##F##Format{                                                                                      \
+      F::kName,      F::kTypeId, F::kValues, sizeof(F::Block), false, dequantize_values<F>, quantized_panel_bytes<F>, \
+      pack_blocks<F>};
 PHI4EDGE_QUANTIZED_FORMATS(X)
 #undef X
 

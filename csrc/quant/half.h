@@ -24,9 +24,9 @@ inline float half_to_float(Half h) {
 inline Half float_to_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return Half(sign | 0x7e00);    // NaN
-  if (magnitude >= 0x477ff000) return Half(sign | 0x7c00);   // rounds to 65536 or more
-  if (magnitude < 0x38800000) {                              // subnormal: the float adder does the rounding
+  if (magnitude > 0x7f800000) return Half(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return Half(sign | 0x7c00);  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                             // subnormal: the float adder does the rounding
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return Half(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
   }

@@ -13,8 +13,8 @@ struct Q6_K {
   static constexpr const char* kName = "Q6_K";
   static constexpr int kTypeId = 14, kValues = 256;
   struct Block {
-    uint8_t low[128];   // per 128 values: low nibbles are values 0-63, high nibbles 64-127
-    uint8_t high[64];   // per 128 values: bits 2 j, 2 j + 1 of byte l are the top of value 32 j + l
+    uint8_t low[128];  // per 128 values: low nibbles are values 0-63, high nibbles 64-127
+    uint8_t high[64];  // per 128 values: bits 2 j, 2 j + 1 of byte l are the top of value 32 j + l
     int8_t s[16];
     Half scale;
   };

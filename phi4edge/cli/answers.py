@@ -27,8 +27,8 @@ def stream_answer(
             for piece in pieces:
                 bar.close()
                 if show and piece.text:
+                    shown = piece.text  # first: a signal may end the next line half-way
                     output.write_text(piece.text)
-                    shown = piece.text
         except (KeyboardInterrupt, SystemExit):
             if shown and not shown.endswith("\n"):
                 output.write_text("\n")

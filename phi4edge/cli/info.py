@@ -108,7 +108,7 @@ def _weight_rows(found: ModelInfo) -> Iterable[Sequence[str]]:
     for share in found.types:
         yield (
             share.type_name,
-            f"{share.n_tensors} tensors",
+            f"{share.n_tensors} tensor{'s' if share.n_tensors > 1 else ''}",
             output.bytes_text(share.n_bytes),
             f"{share.bits_per_weight:.2f} bits per weight",
         )

@@ -173,13 +173,8 @@ void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) 
     Worker worker{thread, model_->pool().size(), model_->pool().barrier(), counters_, thread_scratch_[size_t(thread)].get()};
     embed(worker, first, n);
     for (int64_t layer = 0; layer < config().n_layers; ++layer) {
-      // The first barrier of a layer comes after this and before the flag is read, so all threads leave together.
-      if (thread == 0 && should_stop()) stop_.store(true);
-      worker.wait();
-      if (stop_.load()) return;
-      run_layer(worker, layer, first, n);
+      if (!run_layer(worker, layer, first, n)) return;
     }
-    worker.wait();
     if (which != LogitsFor::kNone) run_head(worker, n, which, logits);
   });
   if (stop_) throw CancelledError();
@@ -202,14 +197,17 @@ void Session::embed(Worker& worker, int64_t first, int64_t n) {
   });
 }
 
-void Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n) {
+bool Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n) {
   const ModelConfig& c = config();
   const LayerWeights& w = model_->weights().layers[size_t(layer)];
   const KernelTable& kernels = model_->kernels();
   const float* pending = layer == 0 ? nullptr : delta_.get();  // what the layer before has still to add
 
+  if (layer == 0) worker.wait();  // for the embeddings
+  if (worker.thread == 0 && should_stop()) stop_.store(true);
   normalize(worker, pending, w.attention_norm, 0, n);
   worker.wait();
+  if (stop_.load()) return false;  // written before the barrier: all threads leave together
   const int64_t qkv_dim = q_dim_ + 2 * kv_dim_;
   matmul(worker, kernels, w.qkv, activations_.view(n, c.hidden_size, normed_.get(), c.hidden_size), qkv_.get(), qkv_dim);
   worker.wait();
@@ -233,6 +231,7 @@ void Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n)
   worker.wait();
   matmul(worker, kernels, {&w.down, 1}, activations_.view(n, c.ffn_size, ffn_.get(), c.ffn_size), delta_.get(), c.hidden_size);
   worker.wait();
+  return true;
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.
@@ -299,13 +298,17 @@ void Session::attend(Worker& worker, int64_t layer, int64_t first, int64_t n) {
   });
 }
 
+// By super-blocks, so that the threads share the work of a single token too.
 void Session::multiply_gate(Worker& worker, int64_t n) {
-  const int64_t ffn = config().ffn_size;
-  worker.share(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float* gate = gate_up_.get() + t * 2 * ffn;
-      model_->kernels().silu_multiply(gate, gate + ffn, ffn, ffn_.get() + t * ffn);
-      activations_.quantize(ffn_.get() + t * ffn, t, n, ffn, model_->kernels());
+  const int64_t ffn = config().ffn_size, n_super = (ffn + kSuperBlock - 1) / kSuperBlock;
+  worker.share(n * n_super, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t t = item / n_super, sb = item % n_super, first = sb * kSuperBlock;
+      const int64_t n_columns = std::min<int64_t>(kSuperBlock, ffn - first);
+      const float* gate = gate_up_.get() + t * 2 * ffn + first;
+      float* out = ffn_.get() + t * ffn + first;
+      model_->kernels().silu_multiply(gate, gate + ffn, n_columns, out);
+      activations_.quantize(out, sb * n + t, n, n_columns, model_->kernels());
     }
   });
 }

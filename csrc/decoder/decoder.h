@@ -74,7 +74,7 @@ class Session {
   void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
   void drop_inputs(int64_t n_kept);
   void forward(int64_t first, int64_t n, LogitsFor which, float* logits);
-  void run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);
+  bool run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);  // false: told to stop
   void run_head(Worker& worker, int64_t n, LogitsFor which, float* logits);
   void embed(Worker& worker, int64_t first, int64_t n);
   void normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n);

@@ -22,11 +22,10 @@ ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
   scales_ = allocate_aligned<float>(n * 8, "activations");
 }
 
-void ActivationBuffer::quantize(const float* x, int64_t token, int64_t n_tokens, int64_t n_columns,
-                                const KernelTable& kernels) {
+void ActivationBuffer::quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels) {
   kernels.quantize(x, n_columns, n_tokens,
-                   {codes_.get() + token * kSuperBlock, scales_.get() + token * 8, shifts_.get() + token * 16,
-                    neg_sums_.get() + token * 16, neg_sums32_.get() + token * 8});
+                   {codes_.get() + at * kSuperBlock, scales_.get() + at * 8, shifts_.get() + at * 16, neg_sums_.get() + at * 16,
+                    neg_sums32_.get() + at * 8});
 }
 
 Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const {

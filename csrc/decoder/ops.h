@@ -56,8 +56,8 @@ class ActivationBuffer {
  public:
   ActivationBuffer(int64_t max_tokens, int64_t max_columns);
 
-  // Quantises one of n_tokens tokens.
-  void quantize(const float* x, int64_t token, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels);
+  // Quantises one of n_tokens tokens, or, with sb * n_tokens + token for `at`, n_columns of it from super-block sb on.
+  void quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels);
   Activations view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const;
 
  private:

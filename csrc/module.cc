@@ -152,6 +152,48 @@ void bind_gguf(py::module_& m) {
       .def("read", &read_tensor, "name"_a, "The tensor's bytes as they are in the file, uint8[n_bytes].");
 }
 
+// --- Progress and cancellation ---
+
+// Calls a Python progress function and the signal handlers.  What they raise is kept and raised when C++ has unwound.
+class PythonProgress {
+ public:
+  explicit PythonProgress(py::object function) : function_(std::move(function)) {}
+
+  bool operator()(int64_t done, int64_t total) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) return keep_error();
+    if (function_.is_none()) return true;
+    try {
+      const py::object result = function_(done, total);
+      return result.is_none() || result.cast<bool>();
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return keep_error();
+    }
+  }
+
+  // Runs work() without the interpreter lock.
+  template <class Work>
+  void guard(Work&& work) {
+    try {
+      const py::gil_scoped_release release;
+      work();
+    } catch (const CancelledError&) {
+      if (!error_) throw;
+      throw py::error_already_set(std::move(*error_));
+    }
+  }
+
+ private:
+  bool keep_error() {
+    error_.emplace();  // fetches the error that Python has set
+    return false;
+  }
+
+  py::object function_;
+  std::optional<py::error_already_set> error_;
+};
+
 // --- Kernels ---
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
@@ -236,46 +278,6 @@ void bind_kernels(py::module_& m) {
 
 // --- Decoder ---
 
-// Calls a Python progress function and the signal handlers.  What they raise is kept and raised when C++ has unwound.
-class PythonProgress {
- public:
-  explicit PythonProgress(py::object function) : function_(std::move(function)) {}
-
-  bool operator()(int64_t done, int64_t total) {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) return keep_error();
-    if (function_.is_none()) return true;
-    try {
-      const py::object result = function_(done, total);
-      return result.is_none() || result.cast<bool>();
-    } catch (py::error_already_set& error) {
-      error.restore();
-      return keep_error();
-    }
-  }
-
-  // Runs work() without the interpreter lock.
-  template <class Work>
-  void guard(Work&& work) {
-    try {
-      const py::gil_scoped_release release;
-      work();
-    } catch (const CancelledError&) {
-      if (!error_) throw;
-      throw py::error_already_set(std::move(*error_));
-    }
-  }
-
- private:
-  bool keep_error() {
-    error_.emplace();  // fetches the error that Python has set
-    return false;
-  }
-
-  py::object function_;
-  std::optional<py::error_already_set> error_;
-};
-
 LogitsFor logits_for(const std::string& which) {
   if (which == "none") return LogitsFor::kNone;
   if (which == "last") return LogitsFor::kLast;
@@ -330,6 +332,16 @@ void bind_config(py::module_& m) {
       .def_readonly("tied_head", &ModelConfig::tied_head)
       .def_readonly("rope", &ModelConfig::rope);
   m.def("read_config", &read_config, "file"_a, "Raises BundleError.");
+  m.def(
+      "check_finite",
+      [](const gguf::File& file, ThreadPool& pool, const py::object& progress) {
+        PythonProgress python(progress);
+        python.guard([&] {
+          check_finite(file, pool, [&python](uint64_t done, uint64_t total) { return python(int64_t(done), int64_t(total)); });
+        });
+      },
+      "file"_a, "pool"_a, "progress"_a = py::none(),
+      "Reads all weights; raises a BundleError that names the first tensor with a NaN or an infinity.");
   py::class_<MemoryNeed>(m, "MemoryNeed", "Bytes.")
       .def_readonly("weights", &MemoryNeed::weights)
       .def_readonly("kv_cache", &MemoryNeed::kv_cache)

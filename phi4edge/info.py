@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phi4edge import _core
-from phi4edge.errors import UsageError
+from phi4edge.errors import BundleError, UsageError
 
 DEFAULT_CONTEXT = 4096  # tokens; less when the model was trained on less
 
@@ -163,6 +163,25 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
         metadata={key: {"items": len(value)} if isinstance(value, list) else value for key, value in metadata.items()},
         warnings=tuple(file.warnings),
     )
+
+
+def check(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    progress: Callable[[int, int], bool | None] | None = None,
+) -> None:
+    """Reads all weights of a file; BundleError names the first tensor that holds a NaN or an infinity.
+
+    progress: called with (bytes done, bytes in all); False cancels.
+    """
+    n_threads, _ = machine.clamp_threads(threads)
+    _core.check_finite(_core.GgufFile(path), _core.ThreadPool(n_threads), progress)
+
+
+def require_no_warnings(path: str, warnings: Sequence[str]) -> None:
+    """BundleError when reading the file gave a warning; for callers that want a file to be exactly right."""
+    if warnings:
+        raise BundleError(warnings[0], path=path, hint="download it again, or do without --strict")
 
 
 def _memory_need(file: _core.GgufFile, context: int, kv_type: str) -> MemoryNeed:

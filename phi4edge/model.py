@@ -68,8 +68,9 @@ def load(
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
     core = _core.Model(file, n_threads, isa, progress)
+    load_seconds = time.perf_counter() - started
     return Model(
-        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, time.perf_counter() - started
+        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, load_seconds, tuple(file.warnings)
     )
 
 
@@ -155,6 +156,7 @@ class Model:
         context: int,
         kv_type: str,
         load_seconds: float,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -167,6 +169,7 @@ class Model:
         self.threads = core.n_threads
         self.isa = core.isa
         self.weight_bytes = core.weight_bytes
+        self.warnings = warnings  # about the file
         self._core: _core.Model | None = core
         self._load_seconds = load_seconds
         self._session: Session | None = None

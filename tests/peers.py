@@ -45,10 +45,12 @@ def llama_cpp() -> ModuleType:
 class LlamaCpp:
     """A model and one sequence in llama.cpp: F16 KV cache, flash attention as it chooses.
 
+    One thread: its threads wait for each other by spinning, which takes minutes when something else runs.
+
     Example: ``with closing(LlamaCpp(path)) as peer: peer.logits(ids)`` is float32 [n_tokens, vocab].
     """
 
-    def __init__(self, path: Path, n_context: int = 512, n_threads: int = 2) -> None:
+    def __init__(self, path: Path, n_context: int = 512, n_threads: int = 1) -> None:
         api = self._api = llama_cpp()
         self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self._model:

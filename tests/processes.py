@@ -18,7 +18,9 @@ from typing import Any
 
 from tiny_models import tiny_gguf
 
-ROOT = Path(__file__).parent.parent
+import phi4edge
+
+ROOT = Path(phi4edge.__file__).parent.parent  # the package that the tests import, wherever that is
 COMMAND = [sys.executable, "-m", "phi4edge"]
 DEADLINE = 60.0  # seconds; a test that waits this long has failed
 ENDLESSLY = ("--context", "150000", "--max-tokens", "140000")

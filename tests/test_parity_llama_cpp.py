@@ -14,6 +14,7 @@ import pytest
 import phi4edge
 from peers import LlamaCpp, greedy
 from phi4edge import _core
+from reference import Reference
 from tiny_models import quantized_gguf
 
 PROMPTS = [
@@ -43,7 +44,7 @@ N_CONTEXT = 512
 
 
 def extend(session: _core.Session, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    return session.extend(np.array(tokens, np.int32))
+    return np.asarray(session.extend(np.array(tokens, np.int32)))
 
 
 def lead(row: npt.NDArray[np.float32], token: int, rival: int) -> float:
@@ -53,8 +54,11 @@ def lead(row: npt.NDArray[np.float32], token: int, rival: int) -> float:
 
 # With float weights both sides are exact to about 0.01. With 4 bits both round activations to 8 bits: over 512
 # positions of plain text, llama.cpp's lead of the likeliest token over the next is off by 0.07 rms and by 0.4 at most.
-@pytest.mark.parametrize(("file_type", "near_tie"), [("F16", 0.05), ("Q4_1", 0.5)])
-def test_greedy_answers_equal_llama_cpp(file_type: str, near_tie: float, smollm2: Path, tmp_path: Path) -> None:
+# A near-tie is a pair of tokens that are both so close to the best one of the exact answer.
+@pytest.mark.parametrize(("file_type", "near_tie", "n_equal_at_least"), [("F16", 0.05, 16), ("Q4_1", 0.4, 0)])
+def test_greedy_answers_equal_llama_cpp(
+    file_type: str, near_tie: float, n_equal_at_least: int, smollm2: Path, tmp_path: Path
+) -> None:
     path = smollm2
     if file_type != "Q4_1":
         path = quantized_gguf(smollm2, f"MOSTLY_{file_type}", tmp_path / "smollm2.gguf")
@@ -62,6 +66,7 @@ def test_greedy_answers_equal_llama_cpp(file_type: str, near_tie: float, smollm2
         stop = frozenset(model.tokenizer.stop_ids)
         texts = [model.template.render([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
         prompts = [model.tokenizer.encode(text, special=True) for text in texts]
+    reference = Reference(path)
     native = _core.Model(_core.GgufFile(path), 2)
     n_equal = 0
     with closing(LlamaCpp(path, n_context=N_CONTEXT)) as peer:
@@ -73,11 +78,13 @@ def test_greedy_answers_equal_llama_cpp(file_type: str, near_tie: float, smollm2
             n_equal += ours == theirs
             for at, (mine, yours) in enumerate(zip(ours, theirs, strict=False)):
                 if mine != yours:
+                    exact = reference.logits(prompt + ours[:at])[-1]
+                    behind = exact.max() - exact[[mine, yours]]
                     leads = lead(our_rows[at], mine, yours), lead(their_rows[at], yours, mine)
-                    print(f"{question!r}: token {at} differs, leads of {leads[0]:.4f} and {leads[1]:.4f}")
-                    assert max(leads) < near_tie
+                    print(f"{question!r}: token {at} differs; leads {leads}, behind the exact best {behind}")
+                    assert behind.max() < near_tie
                     break
             else:
                 assert ours == theirs
     print(f"{file_type}: {n_equal} of {len(PROMPTS)} answers are equal to the end")
-    assert n_equal >= len(PROMPTS) * (0.8 if file_type == "F16" else 0.2)
+    assert n_equal >= n_equal_at_least

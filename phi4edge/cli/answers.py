@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from phi4edge import machine
 from phi4edge.cli import output
 from phi4edge.cli.progress import ProgressBar
+from phi4edge.errors import InputError
 
 if TYPE_CHECKING:
     from phi4edge.generation import Generation, GenerationConfig, TokenLogprob
@@ -35,7 +36,8 @@ def stream_answer(
             raise
     if show and not shown.endswith("\n"):  # an empty answer is an empty line
         output.write_text("\n")
-    assert model.last is not None
+    if model.last is None:
+        raise InputError("no answer was generated")
     return model.last
 
 

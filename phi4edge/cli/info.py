@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from phi4edge.cli import output
 from phi4edge.cli.options import Context, Json, KvType, ModelPath
+from phi4edge.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from phi4edge.info import ModelInfo
@@ -18,6 +20,7 @@ EXAMPLES = """
     phi4edge info model.gguf
     phi4edge info model.gguf --context 32768
     phi4edge info model.gguf --tensors
+    phi4edge info model.gguf --check --strict
     phi4edge info model.gguf --json | jq .memory.total_bytes
 """
 
@@ -31,12 +34,22 @@ def info(
         KvType, typer.Option(help="How past keys and values are stored.", rich_help_panel="The machine")
     ] = KvType.f16,
     tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors too.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all weights too, and fail if one is not a finite number.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where there would be a warning.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model is, without loading it."""
-    from phi4edge.info import inspect
+    from phi4edge.info import check as check_weights
+    from phi4edge.info import inspect, require_no_warnings
 
     found = inspect(model, context, kv_type.value)
+    if strict:
+        require_no_warnings(model, found.warnings)
+    if check:
+        with closing(ProgressBar("Checking", in_bytes=True)) as bar:
+            check_weights(model, progress=bar)
     if as_json:
         output.write_json(info_as_json(found, with_tensors=tensors))
         return

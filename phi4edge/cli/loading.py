@@ -22,6 +22,9 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
     with closing(ProgressBar("Loading", in_bytes=True)) as bar:
         from phi4edge.model import load
 
-        return load(
+        model = load(
             path, context=context, threads=threads, kv_type=runtime.kv_type.value, isa=runtime.isa, progress=bar
         )
+    for text in model.warnings:
+        output.warn(f"{path}: {text}")
+    return model

@@ -145,6 +145,7 @@ class Worker:
     """The parent's end of a worker process."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self._name = name
         n_context = -(-(options.n_prompt + options.n_decode) // 256) * 256
         command = [sys.executable, "-m", "benchmarks.against_llama_cpp", str(options.model), "--serve", name]
         command += ["-t", str(options.threads), "--context", str(n_context)]
@@ -157,7 +158,9 @@ class Worker:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker ended with status {self._process.wait()}; its error is above")
+            raise RuntimeError(
+                f"the worker of {self._name} ended with status {self._process.wait()}; its error is above"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -239,6 +239,10 @@ def _matrix_pieces(shape: Shape, mix: Mix, rng: np.random.Generator) -> Iterator
     def norm(name: str) -> _Tensor:
         return vector(name, rng.uniform(0.75, 1.25, shape.hidden).astype(np.float32))
 
+    # First, as in converted files: llama.cpp reads head_dim / 2 factors, and at the end of a file it crashes.
+    n_pairs = _rotary_dims(shape) // 2
+    yield vector("rope_factors_long.weight", np.geomspace(1.0, 48.0, n_pairs).astype(np.float32))
+    yield vector("rope_factors_short.weight", np.ones(n_pairs, np.float32))
     for role, layer, n_rows, n_columns in shape.matrices():
         prefix = "" if layer < 0 else f"blk.{layer}."
         if role in ("attn_qkv", "ffn_up"):
@@ -247,10 +251,6 @@ def _matrix_pieces(shape: Shape, mix: Mix, rng: np.random.Generator) -> Iterator
         maker = makers.setdefault(key, block_maker(*key, rng))
         yield _Tensor(f"{prefix}{role}.weight", (n_rows, n_columns), GGMLQuantizationType[key[0]], maker)
     yield norm("output_norm.weight")
-    n_pairs = _rotary_dims(shape) // 2
-    if shape.context > shape.original_context:
-        yield vector("rope_factors_long.weight", np.geomspace(1.0, 48.0, n_pairs).astype(np.float32))
-        yield vector("rope_factors_short.weight", np.ones(n_pairs, np.float32))
 
 
 def _rotary_dims(shape: Shape) -> int:

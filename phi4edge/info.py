@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi4edge import _core
+from phi4edge import _core, machine
 from phi4edge.errors import BundleError, UsageError
 
 DEFAULT_CONTEXT = 4096  # tokens; less when the model was trained on less

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,9 @@ from phi4edge.prompt import ChatTemplate
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
 
-Self = TypeVar("Self", bound="Model")  # typing.Self came with Python 3.11
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 Progress = Callable[[int, int], bool | None]  # (done, total); False cancels
@@ -174,7 +176,7 @@ class Model:
         self._load_seconds = load_seconds
         self._session: Session | None = None
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -193,7 +195,7 @@ class Model:
         return self._kv_bytes(self.context)
 
     def decode_bytes(self, n_tokens: int) -> int:
-        """Bytes read to write one token after ``n_tokens``: weights but for an embedding of its own, and the KV cache."""
+        """Bytes read to write one token after ``n_tokens``: the weights (no separate embedding), and the KV cache."""
         embedding = 0 if self.config.tied_head else self._require_core().embedding_bytes
         return self.weight_bytes - embedding + self._kv_bytes(n_tokens)
 

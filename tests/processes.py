@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiny_models import tiny_gguf
-
 import phi4edge
+from tiny_models import tiny_gguf
 
 ROOT = Path(phi4edge.__file__).parent.parent  # the package that the tests import, wherever that is
 COMMAND = [sys.executable, "-m", "phi4edge"]

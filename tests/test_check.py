@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phi4edge import _core
 from processes import run
 from tiny_models import tiny_gguf
-
-from phi4edge import _core
 
 
 def test_G16_trailing_bytes_are_a_warning_and_an_error_with_strict(tmp_path: Path) -> None:

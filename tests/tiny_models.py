@@ -238,7 +238,8 @@ def _file_weights(shape: TinyShape) -> dict[str, Array]:
                 weights[name] = _interleaved(rows, shape.heads if "attn_q" in name else shape.kv_heads)
     if shape.original_context:
         short, long = shape.factors
-        weights |= {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+        # First, as in converted files: llama.cpp reads head_dim / 2 factors, and at the end of a file it may crash.
+        weights = {"rope_factors_long.weight": long, "rope_factors_short.weight": short} | weights
     if shape.rope_scaling == "llama3":
         weights["rope_freqs.weight"] = llama3_factors(shape)
     return weights

@@ -9,7 +9,7 @@ namespace phi4edge {
 // The table is part of the file format (denser near zero).
 inline constexpr int8_t kIq4Table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-struct IQ4_NL {
+struct IQ4_NL : HalfScales {
   static constexpr const char* kName = "IQ4_NL";
   static constexpr int kTypeId = 20, kValues = 32;
   struct Block {
@@ -26,14 +26,9 @@ struct IQ4_NL {
 
   using Codes = Planes<4, 0>;
   static constexpr const int8_t* kTable = kIq4Table;
-  static constexpr bool kSigned = true, kHasMin = false;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = 32;
+  static constexpr bool kSigned = true;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) { Q4_0::split_nibbles(block.q, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) { reinterpret_cast<Half*>(area)[row] = block.scale; }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    V::store(scale, V::load_half(area + 2 * row));
-  }
 };
 
 struct IQ4_XS {

@@ -2,12 +2,12 @@
 // Q4_1: also a half minimum.            w[i] = scale * q[i] + minimum
 #pragma once
 
-#include "quant/half.h"
 #include "quant/planes.h"
+#include "quant/scales.h"
 
 namespace phi4edge {
 
-struct Q4_0 {
+struct Q4_0 : HalfScales {
   static constexpr const char* kName = "Q4_0";
   static constexpr int kTypeId = 2, kValues = 32;
   struct Block {
@@ -23,21 +23,16 @@ struct Q4_0 {
   }
 
   using Codes = Planes<4, 0>;
-  static constexpr bool kSigned = false, kHasMin = false;
-  static constexpr int kOffsetBits = 3, kSub = 32, kScaleBytes = 32;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = 3;
   static void codes(const Block& block, uint8_t* out) { split_nibbles(block.q, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) { reinterpret_cast<Half*>(area)[row] = block.scale; }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    V::store(scale, V::load_half(area + 2 * row));
-  }
 
   static void split_nibbles(const uint8_t* q, uint8_t* out) {
     for (int i = 0; i < 16; ++i) out[i] = q[i] & 15, out[i + 16] = q[i] >> 4;
   }
 };
 
-struct Q4_1 {
+struct Q4_1 : HalfScalesAndMinimums {
   static constexpr const char* kName = "Q4_1";
   static constexpr int kTypeId = 3, kValues = 32;
   struct Block {
@@ -53,18 +48,9 @@ struct Q4_1 {
   }
 
   using Codes = Planes<4, 0>;
-  static constexpr bool kSigned = false, kHasMin = true;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = 64;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) { Q4_0::split_nibbles(block.q, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) {
-    reinterpret_cast<Half*>(area)[row] = block.scale;
-    reinterpret_cast<Half*>(area)[16 + row] = block.minimum;
-  }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    V::store(scale, V::load_half(area + 2 * row));
-    V::store(minimum, V::sub(V::set1(0.0f), V::load_half(area + 32 + 2 * row)));  // kernels subtract minimums
-  }
 };
 
 }  // namespace phi4edge

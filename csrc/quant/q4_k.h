@@ -21,12 +21,24 @@ struct SixBitPairs {
     }
   }
 
+  // w[i] = scale * s[j] * q[i] - minimum * m[j],  j = i / 32
+  template <class Block>
+  static void dequantize(const Block& block, const uint8_t* q, float* out) {
+    uint8_t s[8], m[8];
+    unpack(block.pairs, s, m);
+    for (int i = 0; i < 256; ++i) {
+      out[i] = half_to_float(block.scale) * float(s[i / 32]) * float(q[i]) - half_to_float(block.minimum) * float(m[i / 32]);
+    }
+  }
+
   // Panel: scale halves, minimum halves, then the twelve bytes of every row as three lines.
-  static constexpr int kScaleBytes = 64 + 3 * kLineBytes;
-  static void pack(Half scale, Half minimum, const uint8_t* bytes, int row, uint8_t* area) {
-    reinterpret_cast<Half*>(area)[row] = scale;
-    reinterpret_cast<Half*>(area)[16 + row] = minimum;
-    for (int line = 0; line < 3; ++line) std::memcpy(area + 64 + line * kLineBytes + 4 * row, bytes + 4 * line, 4);
+  static constexpr bool kHasMin = true;
+  static constexpr int kSub = 32, kScaleBytes = 64 + 3 * kLineBytes;
+  template <class Block>
+  static void pack_scales(const Block& block, int row, uint8_t* area) {
+    reinterpret_cast<Half*>(area)[row] = block.scale;
+    reinterpret_cast<Half*>(area)[16 + row] = block.minimum;
+    for (int line = 0; line < 3; ++line) std::memcpy(area + 64 + line * kLineBytes + 4 * row, block.pairs + 4 * line, 4);
   }
   template <class V>
   static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
@@ -44,7 +56,7 @@ struct SixBitPairs {
   }
 };
 
-struct Q4_K {
+struct Q4_K : SixBitPairs {
   static constexpr const char* kName = "Q4_K";
   static constexpr int kTypeId = 12, kValues = 256;
   struct Block {
@@ -55,32 +67,22 @@ struct Q4_K {
   static_assert(sizeof(Block) == 144);
 
   static void dequantize(const Block& block, float* out) {
-    uint8_t q[kValues], s[8], m[8];
+    uint8_t q[kValues];
     codes(block, q);
-    SixBitPairs::unpack(block.pairs, s, m);
-    for (int i = 0; i < kValues; ++i) {
-      out[i] = half_to_float(block.scale) * float(s[i / 32]) * float(q[i]) - half_to_float(block.minimum) * float(m[i / 32]);
-    }
+    SixBitPairs::dequantize(block, q, out);
   }
 
   using Codes = Planes<4, 0>;
-  static constexpr bool kSigned = false, kHasMin = true;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = SixBitPairs::kScaleBytes;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) { split(block.q, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) {
-    SixBitPairs::pack(block.scale, block.minimum, block.pairs, row, area);
-  }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    SixBitPairs::scales<V>(area, row, scale, minimum);
-  }
 
   static void split(const uint8_t* q, uint8_t* out) {
     for (int i = 0; i < kValues; ++i) out[i] = q[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
   }
 };
 
-struct Q5_K {
+struct Q5_K : SixBitPairs {
   static constexpr const char* kName = "Q5_K";
   static constexpr int kTypeId = 13, kValues = 256;
   struct Block {
@@ -92,27 +94,17 @@ struct Q5_K {
   static_assert(sizeof(Block) == 176);
 
   static void dequantize(const Block& block, float* out) {
-    uint8_t q[kValues], s[8], m[8];
+    uint8_t q[kValues];
     codes(block, q);
-    SixBitPairs::unpack(block.pairs, s, m);
-    for (int i = 0; i < kValues; ++i) {
-      out[i] = half_to_float(block.scale) * float(s[i / 32]) * float(q[i]) - half_to_float(block.minimum) * float(m[i / 32]);
-    }
+    SixBitPairs::dequantize(block, q, out);
   }
 
   using Codes = Planes<4, 1>;
-  static constexpr bool kSigned = false, kHasMin = true;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = SixBitPairs::kScaleBytes;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) {
     Q4_K::split(block.q, out);
     for (int i = 0; i < kValues; ++i) out[i] = uint8_t(out[i] | (block.high[i % 32] >> (i / 32) & 1) << 4);
-  }
-  static void pack_scales(const Block& block, int row, uint8_t* area) {
-    SixBitPairs::pack(block.scale, block.minimum, block.pairs, row, area);
-  }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    SixBitPairs::scales<V>(area, row, scale, minimum);
   }
 };
 

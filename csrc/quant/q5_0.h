@@ -6,7 +6,7 @@
 
 namespace phi4edge {
 
-struct Q5_0 {
+struct Q5_0 : HalfScales {
   static constexpr const char* kName = "Q5_0";
   static constexpr int kTypeId = 6, kValues = 32;
   struct Block {
@@ -23,14 +23,9 @@ struct Q5_0 {
   }
 
   using Codes = Planes<4, 1>;
-  static constexpr bool kSigned = false, kHasMin = false;
-  static constexpr int kOffsetBits = 4, kSub = 32, kScaleBytes = 32;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = 4;
   static void codes(const Block& block, uint8_t* out) { join(block.q, block.high, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) { reinterpret_cast<Half*>(area)[row] = block.scale; }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    V::store(scale, V::load_half(area + 2 * row));
-  }
 
   static void join(const uint8_t* q, const uint8_t* high, uint8_t* out) {
     Q4_0::split_nibbles(q, out);
@@ -38,7 +33,7 @@ struct Q5_0 {
   }
 };
 
-struct Q5_1 {
+struct Q5_1 : HalfScalesAndMinimums {
   static constexpr const char* kName = "Q5_1";
   static constexpr int kTypeId = 7, kValues = 32;
   struct Block {
@@ -55,17 +50,9 @@ struct Q5_1 {
   }
 
   using Codes = Planes<4, 1>;
-  static constexpr bool kSigned = false, kHasMin = true;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = 64;
+  static constexpr bool kSigned = false;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) { Q5_0::join(block.q, block.high, out); }
-  static void pack_scales(const Block& block, int row, uint8_t* area) {
-    reinterpret_cast<Half*>(area)[row] = block.scale;
-    reinterpret_cast<Half*>(area)[16 + row] = block.minimum;
-  }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    Q4_1::scales<V>(area, row, scale, minimum);
-  }
 };
 
 }  // namespace phi4edge

@@ -1,12 +1,12 @@
 // Q8_0: 32 signed bytes and one half scale.  w[i] = scale * q[i]
 #pragma once
 
-#include "quant/half.h"
 #include "quant/planes.h"
+#include "quant/scales.h"
 
 namespace phi4edge {
 
-struct Q8_0 {
+struct Q8_0 : HalfScales {
   static constexpr const char* kName = "Q8_0";
   static constexpr int kTypeId = 8, kValues = 32;
   struct Block {
@@ -21,15 +21,10 @@ struct Q8_0 {
 
   // ---- panel: codes are the signed bytes; scales are 16 halves a block
   using Codes = Planes<8, 0>;
-  static constexpr bool kSigned = true, kHasMin = false;
-  static constexpr int kOffsetBits = -1, kSub = 32, kScaleBytes = 32;
+  static constexpr bool kSigned = true;
+  static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) {
     for (int i = 0; i < kValues; ++i) out[i] = uint8_t(block.q[i]);
-  }
-  static void pack_scales(const Block& block, int row, uint8_t* area) { reinterpret_cast<Half*>(area)[row] = block.scale; }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    V::store(scale, V::load_half(area + 2 * row));
   }
 };
 

@@ -1,0 +1,203 @@
+"""The Python interface on a real small model: streaming, stopping, caching, cancelling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import phi4edge
+from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UnsupportedError, UsageError
+from tiny_models import tiny_gguf
+
+QUESTION = "Name three colours."
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Iterator[phi4edge.Model]:
+    with phi4edge.load(smollm2, context=512, threads=2) as loaded:
+        yield loaded
+
+
+def test_pieces_add_up_to_the_answer(model: phi4edge.Model) -> None:
+    pieces = list(model.stream(QUESTION, max_tokens=24))
+    answer = model.last
+    assert answer is not None
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert tuple(token for piece in pieces for token in piece.tokens) == answer.tokens
+    assert answer.text == model.tokenizer.decode(answer.tokens)
+    assert answer.usage.completion_tokens == len(answer.tokens)
+    assert (
+        answer == model.generate(QUESTION, max_tokens=24) or answer.text == model.generate(QUESTION, max_tokens=24).text
+    )
+
+
+def test_an_answer_is_the_likeliest_continuation_by_the_logits(model: phi4edge.Model) -> None:
+    answer = model.generate(QUESTION, max_tokens=12, logprobs=2)
+    prompt = model.encode(QUESTION)
+    logits = model.logits([*prompt, *answer.tokens])[len(prompt) - 1 : -1].astype(np.float64)
+    assert answer.tokens == tuple(logits.argmax(axis=1))
+    logprobs = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    for row, step in zip(logprobs, answer.logprobs, strict=True):
+        assert step.logprob == pytest.approx(row[step.token], abs=1e-3)
+        assert [token for token, _ in step.top] == list(np.argsort(-row, kind="stable")[:2])
+
+
+def test_a_follow_up_reuses_the_cache_and_changes_nothing(model: phi4edge.Model, smollm2: Path) -> None:
+    first = model.generate(QUESTION, max_tokens=16)
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And three more?"},
+    ]
+    second = model.generate(messages, max_tokens=16)
+    assert second.usage.cached_tokens > 10
+    with phi4edge.load(smollm2, context=512, threads=1) as fresh:
+        assert fresh.generate(messages, max_tokens=16).tokens == second.tokens
+
+
+def test_the_same_seed_gives_the_same_text_with_any_number_of_threads(model: phi4edge.Model, smollm2: Path) -> None:
+    def run(some: phi4edge.Model, seed: int) -> str:
+        return some.generate(QUESTION, max_tokens=24, temperature=1.0, seed=seed).text
+
+    assert run(model, 1) == run(model, 1) != run(model, 2)
+    with phi4edge.load(smollm2, context=512, threads=1) as other:
+        assert run(other, 1) == run(model, 1)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(model: phi4edge.Model) -> None:
+    whole = model.generate(QUESTION, max_tokens=32).text
+    stop = whole[10:14]
+    answer = model.generate(QUESTION, max_tokens=32, stop=[stop])
+    assert answer.finish_reason == "stop"
+    assert answer.text == whole[: whole.index(stop)]
+
+
+def test_stop_tokens_end_the_answer(model: phi4edge.Model) -> None:
+    tokens = model.generate(QUESTION, max_tokens=8).tokens
+    answer = model.generate(QUESTION, max_tokens=8, stop_tokens=[tokens[3]])
+    assert answer.tokens == tokens[: tokens.index(tokens[3])]
+    assert answer.finish_reason == "stop"
+
+
+def test_max_tokens_and_the_context_both_end_with_length(smollm2: Path) -> None:
+    with phi4edge.load(smollm2, context=64, threads=2) as small:
+        prompt = small.encode(QUESTION)
+        answer = small.generate(prompt, max_tokens=3)
+        assert (answer.finish_reason, len(answer.tokens)) == ("length", 3)
+        bias = dict.fromkeys(small.tokenizer.stop_ids, -100.0)
+        answer = small.generate(prompt, max_tokens=1000, logit_bias=bias)
+        assert answer.finish_reason == "length"
+        assert len(prompt) + len(answer.tokens) == 64 + 1  # the last one needs no room: nothing follows it
+
+
+def test_a_prompt_that_does_not_fit_names_both_numbers(model: phi4edge.Model) -> None:
+    with pytest.raises(InputError, match=r"600.*512"):
+        model.stream([5] * 600)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [{"role": "user", "content": ""}], [10**9], [-1], [1.5], [{"role": "user"}]]
+)
+def test_a_prompt_that_makes_no_sense_is_an_input_error(model: phi4edge.Model, prompt: object) -> None:
+    with pytest.raises(InputError):
+        model.generate(prompt, max_tokens=1)  # type: ignore[arg-type]
+    assert model.generate(QUESTION, max_tokens=2).tokens
+
+
+def test_an_answer_left_early_is_told_and_harms_nothing(model: phi4edge.Model) -> None:
+    whole = model.generate(QUESTION, max_tokens=16)
+    pieces = model.stream(QUESTION, max_tokens=16)
+    first = next(pieces)
+    pieces.close()
+    assert model.last is not None
+    assert model.last.finish_reason == "cancelled"
+    assert model.last.text == first.text
+    assert model.generate(QUESTION, max_tokens=16).tokens == whole.tokens
+
+
+def test_progress_counts_the_prompt_and_may_cancel(model: phi4edge.Model) -> None:
+    prompt = list(range(1000, 1400))
+    seen: list[tuple[int, int]] = []
+    for _ in model.stream(prompt, max_tokens=1, progress=lambda done, total: seen.append((done, total))):
+        pass
+    assert seen[-1] == (400, 400)
+    with pytest.raises(Cancelled):
+        list(model.stream(prompt[::-1], max_tokens=1, progress=lambda done, total: False))
+    with pytest.raises(ZeroDivisionError):
+        list(model.stream(prompt[::-1], max_tokens=1, progress=lambda done, total: bool(1 // 0)))
+    assert model.generate(QUESTION, max_tokens=2).tokens
+
+
+def test_another_thread_can_cancel_a_long_prefill(model: phi4edge.Model) -> None:
+    session = model.session()
+    caught: list[Cancelled] = []
+
+    def work() -> None:
+        try:
+            while True:
+                session.extend(list(range(500)))
+                session.clear()
+        except Cancelled as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        session.cancel()
+        time.sleep(0.01)
+    thread.join()
+    assert caught
+    session.clear()
+    assert session.extend([1, 2, 3]).shape == (1, model.config.vocab_size)
+
+
+def test_sessions_of_one_model_run_in_threads_of_their_own(model: phi4edge.Model) -> None:
+    prompts = [list(range(first, first + 40)) for first in (100, 2000, 30000)]
+    expected = [model.logits(prompt)[-1] for prompt in prompts]
+    results: dict[int, np.ndarray] = {}
+
+    def work(i: int) -> None:
+        session = model.session()
+        for token in prompts[i][:-1]:
+            session.extend([token], logits="none")
+        results[i] = session.extend(prompts[i][-1:])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(3):
+        np.testing.assert_array_equal(results[i], expected[i])
+
+
+def test_loading_says_what_is_wrong_before_it_reads_weights(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path)
+    with pytest.raises(FileError, match="nowhere"):
+        phi4edge.load(tmp_path / "nowhere.gguf")
+    with pytest.raises(UsageError, match="context"):
+        phi4edge.load(path, context=0)
+    with pytest.raises(UsageError, match="kv_type"):
+        phi4edge.load(path, kv_type="q3")
+    with pytest.raises(UnsupportedError, match="scalar"):
+        phi4edge.load(path, isa="z80")
+    with pytest.raises(OutOfMemoryError, match="context"):
+        phi4edge.load(path, context=1 << 24, kv_type="f32")
+    with pytest.raises(Cancelled):
+        phi4edge.load(path, progress=lambda done, total: False)
+
+
+def test_a_closed_model_says_so(tmp_path: Path) -> None:
+    model = phi4edge.load(tiny_gguf(tmp_path))
+    model.close()
+    with pytest.raises(UsageError, match="closed"):
+        model.generate("hi")

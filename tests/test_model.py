@@ -31,9 +31,7 @@ def test_pieces_add_up_to_the_answer(model: phi4edge.Model) -> None:
     assert tuple(token for piece in pieces for token in piece.tokens) == answer.tokens
     assert answer.text == model.tokenizer.decode(answer.tokens)
     assert answer.usage.completion_tokens == len(answer.tokens)
-    assert (
-        answer == model.generate(QUESTION, max_tokens=24) or answer.text == model.generate(QUESTION, max_tokens=24).text
-    )
+    assert model.generate(QUESTION, max_tokens=24).text == answer.text
 
 
 def test_an_answer_is_the_likeliest_continuation_by_the_logits(model: phi4edge.Model) -> None:

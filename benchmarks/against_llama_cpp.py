@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import resource
 import statistics
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 BANDWIDTH_BYTES = 1 << 29  # larger than any last-level cache
+BUSY = 0.7  # load average at the start above which the machine is not quiet
 REST_SECONDS = 0.3  # between turns: threads that spin while idle have gone to sleep by then
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("phi4edge", "llama.cpp")
@@ -190,6 +192,7 @@ class Series:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds; the result is what --json prints."""
+    load_average = os.getloadavg()[0]  # before we add to it
     workers = {name: Worker(name, options) for name in options.sides}
     meter = Worker(SIDES[0], options) if SIDES[0] in workers else None
     series = {name: [Series("prefill", "tok/s"), Series("decode", "tok/s")] for name in workers}
@@ -221,6 +224,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "n_decode": options.n_decode,
         "threads": options.threads,
         "rounds": options.rounds,
+        "load_average": load_average,
         "commit": commit(),
         "cpu": cpu_name(),
         "isa": {name: fact["isa"] for name, fact in facts.items()},
@@ -269,6 +273,11 @@ def cpu_name() -> str:
 def print_table(result: dict[str, Any]) -> None:
     n_tokens = {"prefill": result["n_prompt"], "decode": result["n_decode"]}
     print(f"{result['model']}, {result['model_bytes'] / 1e9:.2f} GB, {result['threads']} threads, {result['cpu']}")
+    if result["load_average"] > BUSY:
+        print(
+            f"  Busy machine (load average {result['load_average']:.1f}): do not trust these figures. Spinning threads"
+        )
+        print("  of llama.cpp suffer most.")
     for name, isa in result["isa"].items():
         print(f"  {name}: {isa}")
     columns = list(result["sides"])
@@ -293,7 +302,10 @@ def print_table(result: dict[str, Any]) -> None:
 def append_records(path: Path, result: dict[str, Any]) -> None:
     """One line per side and quantity."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    common = {key: result[key] for key in ("commit", "cpu", "threads", "model", "n_prompt", "n_decode", "rounds")}
+    common = {
+        key: result[key]
+        for key in ("commit", "cpu", "threads", "model", "n_prompt", "n_decode", "rounds", "load_average")
+    }
     lines = [
         common | {"system": name, "isa": result["isa"][name], "case": case} | row
         for name, rows in result["sides"].items()

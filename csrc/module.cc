@@ -165,7 +165,7 @@ class PythonProgress {
     if (function_.is_none()) return true;
     try {
       const py::object result = function_(done, total);
-      return result.is_none() || result.cast<bool>();
+      return result.ptr() != Py_False;
     } catch (py::error_already_set& error) {
       error.restore();
       return keep_error();
@@ -197,7 +197,7 @@ class PythonProgress {
 // --- Kernels ---
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using TokenArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using TokenArray = py::array_t<int32_t, py::array::c_style>;  // no cast: a wide number must not become another token
 using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 
 py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n_values) {
@@ -409,6 +409,7 @@ void bind_decoder(py::module_& m) {
           },
           "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
       .def("truncate", &Session::truncate, "n_tokens"_a)
+      .def("n_reusable", &Session::n_reusable, "n_tokens"_a)
       .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
       .def_property_readonly("n_tokens", &Session::n_tokens)
       .def_property_readonly("n_context", &Session::n_context)

@@ -10,7 +10,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "GenerationConfig", "Model", "Phi4EdgeError", "Piece", "Session", "inspect", "isas", "load"]
+__all__ = [
+    "BundleError",
+    "Cancelled",
+    "FileError",
+    "Generation",
+    "GenerationConfig",
+    "InputError",
+    "Model",
+    "OutOfMemoryError",
+    "Phi4EdgeError",
+    "Piece",
+    "Session",
+    "UnsupportedError",
+    "UsageError",
+    "inspect",
+    "isas",
+    "load",
+]
 
 _HOMES = {
     "Generation": "generation",
@@ -22,10 +39,26 @@ _HOMES = {
     "load": "model",
     "inspect": "info",
     "Phi4EdgeError": "errors",
+    "BundleError": "errors",
+    "Cancelled": "errors",
+    "FileError": "errors",
+    "InputError": "errors",
+    "OutOfMemoryError": "errors",
+    "UnsupportedError": "errors",
+    "UsageError": "errors",
 }
 
 if TYPE_CHECKING:
-    from phi4edge.errors import Phi4EdgeError
+    from phi4edge.errors import (
+        BundleError,
+        Cancelled,
+        FileError,
+        InputError,
+        OutOfMemoryError,
+        Phi4EdgeError,
+        UnsupportedError,
+        UsageError,
+    )
     from phi4edge.generation import Generation, GenerationConfig, Piece
     from phi4edge.info import inspect
     from phi4edge.model import Model, Session, isas, load
@@ -38,3 +71,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"phi4edge.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge import _core, machine
+from phi4edge.bundle import backbone_of
 from phi4edge.errors import BundleError, UsageError
 
+LARGEST_CONTEXT = 1 << 24  # tokens
 DEFAULT_CONTEXT = 4096  # tokens; less when the model was trained on less
 
 _UNKNOWN = (1 << 64) - 1  # available memory where the system does not tell
@@ -134,19 +136,18 @@ class ModelInfo:
 
 
 def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: str = "f16") -> ModelInfo:
-    """Reads the header of a GGUF file (all headers, of a split one).
+    """Reads the header of a GGUF file (all headers, of a split one), or of the one in a bundle directory.
 
     ``context`` is the number of tokens to compute the memory for; the one that :func:`phi4edge.load` would choose if
     ``None``.  Raises FileError, BundleError, and UsageError for a context below 1.
     """
-    if context is not None and context < 1:
-        raise UsageError(f"{context} tokens of context are too few", field="context", hint="give 1 or more")
-    file = _core.GgufFile(path)
+    check_options(context, kv_type)
+    file = _core.GgufFile(backbone_of(path))
     config = _core.read_config(file)
     metadata: dict[str, Any] = file.metadata
     tensors = tuple(TensorSummary(t.name, t.type_name, tuple(t.shape), t.n_bytes) for t in file.tensors)
     template = metadata.get("tokenizer.chat_template")
-    n_context = context or min(config.context_length, DEFAULT_CONTEXT)
+    n_context = choose_context(config, context)
     return ModelInfo(
         path=os.fspath(path),
         paths=tuple(file.paths),
@@ -161,8 +162,30 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
         template=template if isinstance(template, str) else None,
         memory=_memory_need(file, n_context, kv_type),
         metadata={key: {"items": len(value)} if isinstance(value, list) else value for key, value in metadata.items()},
-        warnings=tuple(file.warnings),
+        warnings=(*file.warnings, *context_warnings(config, n_context)),
     )
+
+
+def check_options(context: int | None, kv_type: str) -> None:
+    """UsageError for a context or a type of the KV cache that no model can have."""
+    if kv_type not in ("f16", "f32"):
+        raise UsageError(f"'{kv_type}' is not a type of the KV cache", field="kv_type", hint="use f16 or f32")
+    if context is None:
+        return
+    if isinstance(context, bool) or not isinstance(context, int):
+        raise UsageError(f"must be an integer, got {type(context).__name__}", field="context")
+    if not 1 <= context <= LARGEST_CONTEXT:
+        raise UsageError(f"must be from 1 to {LARGEST_CONTEXT}, got {context}", field="context")
+
+
+def choose_context(config: _core.ModelConfig, context: int | None) -> int:
+    """The context to use when the caller gave ``context``."""
+    return context or min(config.context_length, DEFAULT_CONTEXT)
+
+
+def context_warnings(config: _core.ModelConfig, context: int) -> list[str]:
+    trained = config.context_length
+    return [f"a context of {context} is beyond the {trained} tokens it was trained on"] if context > trained else []
 
 
 def check(
@@ -175,7 +198,7 @@ def check(
     progress: called with (bytes done, bytes in all); False cancels.
     """
     n_threads, _ = machine.clamp_threads(threads)
-    _core.check_finite(_core.GgufFile(path), _core.ThreadPool(n_threads), progress)
+    _core.check_finite(_core.GgufFile(backbone_of(path)), _core.ThreadPool(n_threads), progress)
 
 
 def require_no_warnings(path: str, warnings: Sequence[str]) -> None:
@@ -212,7 +235,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> TokenizerSummary:
     """Lenient, unlike the tokenizer itself: a file with a broken one can still be looked at."""
     prefix = "tokenizer.ggml."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    model = values.get("model", "")
+    model = str(values.get("model", ""))
     tokens = values.get("tokens")
     tokens = tokens if isinstance(tokens, list) else []
     merges = values.get("merges")

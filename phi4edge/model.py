@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4edge import _core, machine
+from phi4edge.bundle import backbone_of
 from phi4edge.errors import InputError, UsageError
 from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
-from phi4edge.info import DEFAULT_CONTEXT
+from phi4edge.info import check_options, choose_context, context_warnings
 from phi4edge.prompt import ChatTemplate
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def load(
     check_memory: bool = True,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a GGUF model.
+    """Loads a GGUF model, or the one in a bundle directory.
 
     context: tokens that a conversation may have; None takes what the model was trained on, at most 4096.
     threads: None takes the physical cores that this process may use.
@@ -56,23 +57,23 @@ def load(
     and Cancelled when progress returned False.
     """
     started = time.perf_counter()
-    if kv_type not in ("f16", "f32"):
-        raise UsageError(f"'{kv_type}' is not a type of the KV cache", field="kv_type", hint="use f16 or f32")
-    if context is not None and context < 1:
-        raise UsageError(f"{context} tokens of context are too few", field="context", hint="give 1 or more")
-    n_threads, _ = machine.clamp_threads(threads)
-    file = _core.GgufFile(path)
+    check_options(context, kv_type)
+    n_threads, thread_warning = machine.clamp_threads(threads)
+    file = _core.GgufFile(backbone_of(path))
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
     template = _template(metadata, tokenizer, os.fspath(path))
-    n_context = context or min(config.context_length, DEFAULT_CONTEXT)
+    n_context = choose_context(config, context)
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
     core = _core.Model(file, n_threads, isa, progress)
     load_seconds = time.perf_counter() - started
+    warnings = [*file.warnings, *context_warnings(config, n_context)]
+    if thread_warning:
+        warnings.append(thread_warning)
     return Model(
-        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, load_seconds, tuple(file.warnings)
+        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, load_seconds, tuple(warnings)
     )
 
 
@@ -119,20 +120,31 @@ class Session:
 
         Raises InputError when they do not fit or do not exist, Cancelled; then nothing has changed.
         """
-        rows = self._core.extend(_token_array(tokens), logits, progress)
-        self._tokens += tokens
+        ids = token_ids(tokens)
+        self._core.truncate(len(self._tokens))  # an interrupt may have come between the next two lines
+        rows = self._core.extend(np.array(ids, dtype=np.int32), logits, progress)
+        self._tokens += ids
         return rows
 
     def reuse(self, tokens: Sequence[int]) -> int:
-        """Keeps the longest common prefix with ``tokens`` but leaves one of them to compute; returns its length."""
+        """Keeps the longest common prefix with ``tokens`` but leaves one of them to compute.
+
+        Returns how many of the kept ones need no computing when the rest is appended: none when RoPE factors change.
+        """
         limit = min(len(self._tokens), len(tokens) - 1)
         n_common = next((i for i in range(limit) if self._tokens[i] != tokens[i]), max(limit, 0))
         self.truncate(n_common)
-        return n_common
+        return min(n_common, self._core.n_reusable(len(tokens)))
 
     def truncate(self, n_tokens: int) -> None:
-        self._core.truncate(n_tokens)
+        if not 0 <= n_tokens <= len(self._tokens):
+            raise InputError(f"cannot keep {n_tokens} of {len(self._tokens)} tokens")
         del self._tokens[n_tokens:]
+        self._core.truncate(n_tokens)
+
+    def computes_all_again(self) -> bool:
+        """Whether one more token makes the whole sequence be computed again (see LongRoPE)."""
+        return bool(self._tokens) and self._core.n_reusable(len(self._tokens) + 1) == 0
 
     def clear(self) -> None:
         self.truncate(0)
@@ -175,6 +187,13 @@ class Model:
         self._core: _core.Model | None = core
         self._load_seconds = load_seconds
         self._session: Session | None = None
+        self._turn = object()  # the answer that owns the session
+
+    def __repr__(self) -> str:
+        name = self.config.name or self.config.architecture
+        return (
+            f"<phi4edge.Model {name!r} from {self.path!r}, context {self.context}, {self.threads} threads, {self.isa}>"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -210,18 +229,25 @@ class Model:
         """Token ids of a prompt: a user's text, messages, or ids as they are."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, Mapping):
+            raise InputError("one message must be in a list", field="prompt", hint="write [message]")
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
+            kind = type(prompt).__name__
+            raise InputError(f"must be text, a list of messages or a list of token ids, got {kind}", field="prompt")
         if len(prompt) == 0:
             raise InputError("the prompt is empty", hint="give at least one message")
-        first = prompt[0]
-        if isinstance(first, Mapping):
+        if _is_chat(prompt):
             messages: Any = prompt
             segments = self.template.segments(messages, add_generation_prompt=add_generation_prompt)
             return self.tokenizer.encode_segments(segments)
-        return [_token(item) for item in prompt]
+        ids: Any = prompt
+        return token_ids(ids)
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits after each of the tokens, float32 [n_tokens, vocab].  Leaves the conversation alone."""
-        return self.session().extend(token_ids, logits="all")
+        ids = token_ids(tokens)
+        n_context = min(self.context, max(1, len(ids)))
+        return Session(_core.Session(self._require_core(), n_context, self.kv_type)).extend(ids, logits="all")
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
         """The whole answer; see :meth:`stream`."""
@@ -246,6 +272,10 @@ class Model:
 
         Raises UsageError, InputError (an empty prompt, or one that does not fit the context), Cancelled.
         """
+        self.last = None
+        self._require_core()
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise UsageError(f"must be a GenerationConfig, got {type(config).__name__}", field="config")
         config = (config or GenerationConfig()).merged(**overrides)
         tokens = self.encode(prompt)
         if not tokens:
@@ -255,35 +285,45 @@ class Model:
                 f"the prompt has {len(tokens)} tokens and the context holds {self.context}, the answer included",
                 hint="shorten the prompt, or load the model with a larger context",
             )
-        return self._stream(tokens, config, progress)
+        return self._stream(tokens, _Answer(self, config, len(tokens), continues=not _is_chat(prompt)), progress)
 
-    def _stream(
-        self, prompt: list[int], config: GenerationConfig, progress: Progress | None
-    ) -> Generator[Piece, None, None]:
+    def cancel(self) -> None:
+        """Ends the answer that another thread is generating; it raises Cancelled there."""
+        if self._session is not None:
+            self._session.cancel()
+
+    def _stream(self, prompt: list[int], answer: _Answer, progress: Progress | None) -> Generator[Piece, None, None]:
         if self._session is None:
             self._session = self.session()
         session = self._session
-        answer = _Answer(self, config, len(prompt))
-        self.last = None
+        turn = self._turn = object()
         try:
             started = time.perf_counter()
             answer.cached_tokens = session.reuse(prompt)
-            logits = session.extend(prompt[answer.cached_tokens :], progress=progress)
+            logits = session.extend(prompt[len(session.tokens) :], progress=progress)
             answer.prefill_seconds = time.perf_counter() - started
             for token in prompt:
                 answer.sampler.accept(token)
-            while answer.finish_reason is None:
-                piece = answer.next_piece(logits[0], len(session.tokens))
-                if answer.first_token_seconds is None:
-                    answer.first_token_seconds = time.perf_counter() - started
+            piece = answer.next_piece(logits[0])
+            answer.first_token_seconds = time.perf_counter() - started
+            while True:
                 if piece is not None:
                     yield piece
-                if answer.finish_reason is None:
-                    logits = session.extend(answer.tokens[-1:])
+                if answer.finish_reason is not None:
+                    return
+                if self._turn is not turn:
+                    raise UsageError(
+                        "another answer of this model was started meanwhile", hint="finish one first, or use session()"
+                    )
+                # The caller's own time between two pieces is not ours.
+                step = time.perf_counter()
+                logits = session.extend(answer.tokens[-1:], progress=progress if session.computes_all_again() else None)
+                piece = answer.next_piece(logits[0])
+                answer.n_decoded += 1
+                answer.decode_seconds += time.perf_counter() - step
         finally:
-            if answer.first_token_seconds is not None:
-                answer.decode_seconds = time.perf_counter() - started - answer.first_token_seconds
-            self.last = answer.result(self._load_seconds)
+            if self._turn is turn:
+                self.last = answer.result(self._load_seconds)
 
     def _finished(self) -> Generation:
         if self.last is None:
@@ -299,13 +339,13 @@ class Model:
 class _Answer:
     """An answer in the making: picks tokens, turns them into text, and knows when to stop."""
 
-    def __init__(self, model: Model, config: GenerationConfig, n_prompt: int) -> None:
+    def __init__(self, model: Model, config: GenerationConfig, n_prompt: int, *, continues: bool) -> None:
         self._model = model
         self._config = config
         self._n_prompt = n_prompt
         tokenizer = model.tokenizer
         self._stop_tokens = tokenizer.stop_ids | frozenset(config.stop_tokens)
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream_decoder(continues=continues)
         self._stops = StopStrings(config.stop)
         seed = secrets.randbits(64) if config.seed is None else config.seed
         self.sampler = _core.Sampler(
@@ -329,13 +369,14 @@ class _Answer:
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self.prefill_seconds = 0.0
-        self.first_token_seconds: float | None = None
+        self.first_token_seconds = 0.0
         self.decode_seconds = 0.0
+        self.n_decoded = 0
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._n_given = 0  # tokens that were part of a piece
 
-    def next_piece(self, logits: npt.NDArray[np.float32], n_in_session: int) -> Piece | None:
+    def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
         """Takes one more token; the text that became certain by it, or None."""
         sample = self.sampler.sample(logits)
         if sample.token in self._stop_tokens:
@@ -348,13 +389,13 @@ class _Answer:
         text = self._stops.push(self._decoder.push(sample.token))
         if self._stops.found:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self._config.max_tokens or n_in_session >= self._model.context:
+        elif min(self._config.max_tokens, self._model.context - self._n_prompt) <= len(self.tokens):
             self.finish_reason = "length"
             text += self._stops.push(self._decoder.flush()) + self._stops.flush()
         return self._piece(text)
 
     def _piece(self, text: str) -> Piece | None:
-        if not text:
+        if not text and (self.finish_reason is None or self._n_given == len(self.tokens)):
             return None
         tokens = tuple(self.tokens[self._n_given :])
         logprobs = tuple(self._logprobs[self._n_given :])
@@ -371,23 +412,27 @@ class _Answer:
             timings=Timings(
                 load_seconds=load_seconds,
                 prefill_seconds=self.prefill_seconds,
-                first_token_seconds=self.first_token_seconds or 0.0,
+                first_token_seconds=self.first_token_seconds,
                 decode_seconds=self.decode_seconds,
                 n_prefilled=self._n_prompt - self.cached_tokens,
-                n_decoded=max(0, len(self.tokens) - 1),
+                n_decoded=self.n_decoded,
             ),
             logprobs=tuple(self._logprobs),
         )
 
 
-def _token(item: Any) -> int:
-    if isinstance(item, bool) or not isinstance(item, (int, np.integer)):
-        raise InputError(f"a prompt is text, messages or token ids, and {type(item).__name__} is none of them")
-    return int(item)
+def _is_chat(prompt: Any) -> bool:
+    """Whether a prompt goes through the chat template: a text or messages, not token ids."""
+    return isinstance(prompt, str) or isinstance(prompt[0], Mapping)
 
 
-def _token_array(tokens: Sequence[int]) -> npt.NDArray[np.int32]:
-    try:
-        return np.fromiter((_token(token) for token in tokens), dtype=np.int32, count=len(tokens))
-    except OverflowError as error:
-        raise InputError("a token id does not fit 32 bits") from error
+def token_ids(tokens: Sequence[int]) -> list[int]:
+    """Token ids as plain integers; InputError names the one that is none, or that no vocabulary can have."""
+    ids = []
+    for i, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise InputError(f"must be a token id, got {type(token).__name__}", field=f"prompt[{i}]")
+        if not -(2**31) <= token < 2**31:
+            raise InputError(f"{token} is no token id", field=f"prompt[{i}]")
+        ids.append(int(token))
+    return ids

@@ -55,8 +55,7 @@ class ChatTemplate:
     Example::
 
         template = ChatTemplate(source, special_tokens=tokenizer.special_tokens, path="model.gguf")
-        for segment in template.segments([{"role": "user", "content": "Hi"}]):
-            ids += tokenizer.encode(segment.text, special=segment.special)
+        ids = tokenizer.encode_segments(template.segments([{"role": "user", "content": "Hi"}]))
 
     ``source`` is Jinja as in ``tokenizer.chat_template`` of a GGUF file; None is the format of Phi-4.
     ``special_tokens`` are the texts that the tokenizer turns into control tokens. ``path`` is for error messages. A
@@ -132,7 +131,7 @@ class ChatTemplate:
             return self._template.render(variables)
 
     def _error(self, error: TemplateError) -> BundleError:
-        return BundleError(f"the chat template {error}", path=self.path, field="tokenizer.chat_template")
+        return BundleError(f"the chat template {error}", path=self.path, field=_FIELD)
 
 
 # Messages.

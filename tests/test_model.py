@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import phi4edge
+from phi4edge import _core
 from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UnsupportedError, UsageError
 from tiny_models import tiny_gguf
 
@@ -94,7 +95,7 @@ def test_max_tokens_and_the_context_both_end_with_length(smollm2: Path) -> None:
         bias = dict.fromkeys(small.tokenizer.stop_ids, -100.0)
         answer = small.generate(prompt, max_tokens=1000, logit_bias=bias)
         assert answer.finish_reason == "length"
-        assert len(prompt) + len(answer.tokens) == 64 + 1  # the last one needs no room: nothing follows it
+        assert len(prompt) + len(answer.tokens) == 64
 
 
 def test_a_prompt_that_does_not_fit_names_both_numbers(model: phi4edge.Model) -> None:
@@ -199,3 +200,81 @@ def test_a_closed_model_says_so(tmp_path: Path) -> None:
     model.close()
     with pytest.raises(UsageError, match="closed"):
         model.generate("hi")
+
+
+def test_an_answer_that_another_one_overtook_says_so_instead_of_mixing_them(model: phi4edge.Model) -> None:
+    pieces = model.stream(QUESTION, max_tokens=16)
+    next(pieces)
+    whole = model.generate("Count to five.", max_tokens=8)
+    with pytest.raises(UsageError, match="another answer"):
+        list(pieces)
+    assert model.last is not None
+    assert model.last.tokens == whole.tokens
+
+
+def test_a_session_in_use_refuses_a_second_call(model: phi4edge.Model) -> None:
+    session = model.session()
+    other = model.session()
+    for nested in (lambda: session.truncate(0), lambda: session.extend([1]), lambda: other.extend([1])):
+
+        def progress(done: int, total: int, nested: Callable[[], object] = nested) -> None:
+            nested()
+
+        with pytest.raises(InputError, match=r"in use|at work"):
+            session.extend(list(range(300)), progress=progress)
+        assert session.tokens == ()
+
+
+def test_a_session_takes_arrays_and_keeps_count(model: phi4edge.Model) -> None:
+    session = model.session()
+    session.extend([1, 2])
+    session.extend(np.array([5, 6]))  # type: ignore[arg-type]
+    assert session.tokens == (1, 2, 5, 6)
+    with pytest.raises(InputError):
+        session.extend([2**32 + 5])
+
+
+def test_the_last_piece_has_the_tokens_that_gave_no_text(model: phi4edge.Model) -> None:
+    whole = model.generate(QUESTION, max_tokens=32).text
+    stop = whole[8:13]
+    pieces = list(model.stream(QUESTION, max_tokens=32, stop=[stop], logprobs=1))
+    assert model.last is not None
+    assert tuple(token for piece in pieces for token in piece.tokens) == model.last.tokens
+    assert tuple(step for piece in pieces for step in piece.logprobs) == model.last.logprobs
+
+
+def test_what_does_not_make_an_answer_leaves_no_old_one_behind(model: phi4edge.Model) -> None:
+    model.generate(QUESTION, max_tokens=2)
+    with pytest.raises(InputError):
+        model.stream([5] * 600)
+    assert model.last is None
+
+
+def test_a_context_of_impossible_size_is_refused(model: phi4edge.Model, smollm2: Path) -> None:
+    for context in (-1, 2**24 + 1, 2**58, 2**62):
+        with pytest.raises(UsageError, match="context"):
+            phi4edge.load(smollm2, context=context, check_memory=False)
+
+
+@pytest.mark.parametrize("isa", phi4edge.isas())
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.0.ffn_up.weight", "blk.0.attn_qkv.weight"])
+def test_a_weight_that_is_not_a_number_is_noticed_and_not_answered_over(tmp_path: Path, name: str, isa: str) -> None:
+    path = tiny_gguf(tmp_path, type="Q8_0")
+    tensor = next(t for t in phi4edge.inspect(path).tensors if t.name == name)
+    assert tensor.type_name == "Q8_0"
+    data = bytearray(path.read_bytes())
+    offset = next(t.offset for t in _core.GgufFile(path).tensors if t.name == name)
+    data[offset : offset + 2] = b"\x00\x7e"
+    path.write_bytes(data)
+    with phi4edge.load(path, isa=isa) as damaged, pytest.raises(InputError, match="not a number"):
+        damaged.generate([1, 2, 3], max_tokens=4)
+
+
+def test_longrope_crossings_are_counted_as_computed(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, original_context=32)
+    with phi4edge.load(path, context=128) as crossing:
+        crossing.generate(list(range(20)), max_tokens=1)
+        answer = crossing.generate(list(range(50)), max_tokens=1)
+        assert answer.usage.cached_tokens == 0
+        again = crossing.generate(list(range(51)), max_tokens=1)
+        assert again.usage.cached_tokens == 50

@@ -96,6 +96,9 @@ ThreadPool::ThreadPool(int n_threads)
   } catch (const std::system_error& error) {
     stop();
     throw UnsupportedError(text("cannot start ", n_threads, " threads: ", error.what()), "use fewer threads");
+  } catch (...) {
+    stop();
+    throw;
   }
 }
 
@@ -121,9 +124,25 @@ void ThreadPool::stop() {
   threads_.clear();
 }
 
+// Holds run() for one caller, and remembers which thread that is.
+class ThreadPool::Turn {
+ public:
+  explicit Turn(ThreadPool& pool) : pool_(pool), lock_(pool.run_mutex_) { pool_.runner_.store(std::this_thread::get_id()); }
+  ~Turn() { pool_.runner_.store({}); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  ThreadPool& pool_;
+  std::lock_guard<std::mutex> lock_;
+};
+
 void ThreadPool::run(const std::function<void(int)>& work) {
+  if (runner_.load() == std::this_thread::get_id()) {
+    throw InputError("this model is at work in this very thread", "a progress function must not use the model that calls it");
+  }
   if (n_threads_ == 1) {
-    std::lock_guard serial(run_mutex_);
+    const Turn turn(*this);
     work(0);
     return;
   }
@@ -131,7 +150,7 @@ void ThreadPool::run(const std::function<void(int)>& work) {
     throw UnsupportedError("the threads of this model belong to the process that loaded it",
                            "load the model again after fork(), or start the process with 'spawn'");
   }
-  std::lock_guard serial(run_mutex_);
+  const Turn turn(*this);
   work_ = &work;
   error_ = nullptr;
   running_.store(n_threads_ - 1, std::memory_order_relaxed);

@@ -53,6 +53,7 @@ class ThreadPool {
   struct Signals {
     std::condition_variable start, done;
   };
+  class Turn;
 
   void worker(int thread);
   void run_one(int thread);
@@ -65,6 +66,7 @@ class ThreadPool {
   SpinBarrier barrier_;
   std::vector<std::thread> threads_;
   std::mutex run_mutex_;  // held by the caller of run()
+  std::atomic<std::thread::id> runner_{};  // who that is
   std::mutex mutex_;      // for sleeping and waking only, and for error_
   std::unique_ptr<Signals> signals_;
   const std::function<void(int)>* work_ = nullptr;  // written before generation_, read after it

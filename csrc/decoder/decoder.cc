@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "kernels/dispatch.h"
@@ -15,6 +16,30 @@ constexpr int64_t kQueryTokens = 8;                       // tokens whose querie
 constexpr size_t kLoopsPerLayer = 16, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
 
 int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
+
+// A call while another one runs, in another thread or from its progress function, would corrupt the sequence: it is refused.
+class OneAtATime {
+ public:
+  explicit OneAtATime(std::atomic<bool>& in_use) : in_use_(in_use) {
+    if (in_use_.exchange(true))
+      throw InputError("this session is in use", "make one call at a time, and none from a progress function");
+  }
+  ~OneAtATime() { in_use_.store(false); }
+  OneAtATime(const OneAtATime&) = delete;
+  OneAtATime& operator=(const OneAtATime&) = delete;
+
+ private:
+  std::atomic<bool>& in_use_;
+};
+
+constexpr int64_t kLargestContext = int64_t(1) << 24;  // keeps every size below far from overflowing
+
+int64_t checked_context(int64_t n_context) {
+  if (n_context < 1 || n_context > kLargestContext) {
+    throw InputError("a context of " + std::to_string(n_context) + " tokens is not in 1.." + std::to_string(kLargestContext));
+  }
+  return n_context;
+}
 
 size_t attention_scratch(const KernelTable& kernels, const ModelConfig& config, int64_t value_dim) {
   const int n_queries = int(kQueryTokens * (config.n_heads / config.n_kv_heads));
@@ -32,7 +57,7 @@ Model::Model(const gguf::File& file, int n_threads, const std::string& isa, cons
 
 Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type)
     : model_(std::move(model)),
-      n_context_(n_context),
+      n_context_(checked_context(n_context)),
       cache_(config(), n_context, kv_type),
       q_dim_(config().n_heads * config().head_dim),
       kv_dim_(config().n_kv_heads * config().head_dim),
@@ -61,15 +86,12 @@ Session::Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type
 uint64_t Session::scratch_bytes(const ModelConfig& c) {
   const int64_t q_dim = c.n_heads * c.head_dim, kv_dim = c.n_kv_heads * c.head_dim;
   const int64_t floats = 3 * c.hidden_size + 2 * q_dim + 2 * kv_dim + 3 * c.ffn_size + c.rope.n_dims;
-  const int64_t quantized = 2 * std::max({c.hidden_size, q_dim, c.ffn_size});  // codes and side arrays: about 1.6 bytes a value
+  const int64_t quantized = 2 * std::max({c.hidden_size, q_dim, c.ffn_size});  // codes and side arrays: 1.75 bytes a value
   return size_t(kBatch) * size_t(floats * int64_t(sizeof(float)) + quantized) + size_t(c.vocab_size) * sizeof(float);
 }
 
 MemoryNeed memory_need(const gguf::File& file, const ModelConfig& config, int64_t n_context, KvType kv_type) {
-  constexpr int64_t kLargestContext = int64_t(1) << 24;
-  if (n_context < 1 || n_context > kLargestContext) {
-    throw InputError("a context of " + std::to_string(n_context) + " tokens is not in 1.." + std::to_string(kLargestContext));
-  }
+  checked_context(n_context);
   return {weight_bytes(file, config), KvCache::bytes_for(config, n_context, kv_type), Session::scratch_bytes(config)};
 }
 
@@ -82,6 +104,7 @@ void Session::check_room(int64_t n_new) const {
 }
 
 void Session::extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress) {
+  const OneAtATime guard(in_use_);
   check_room(n_tokens);
   for (int64_t i = 0; i < n_tokens; ++i) {
     if (tokens[i] < 0 || tokens[i] >= config().vocab_size) {
@@ -96,18 +119,21 @@ void Session::extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, f
 
 void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits,
                                 const ForwardProgress& progress) {
+  const OneAtATime guard(in_use_);
   check_room(n_rows);
   const int64_t n_before = n_tokens(), hidden = config().hidden_size;
   for (int64_t i = 0; i < n_rows * hidden; ++i) {
     if (!std::isfinite(rows[i])) throw InputError("row " + std::to_string(i / hidden) + " of the embeddings is not finite");
   }
   const int64_t first_row = int64_t(embedding_rows_.size()) / hidden;
+  inputs_.reserve(inputs_.size() + size_t(n_rows));  // so that the two grow together or not at all
   embedding_rows_.insert(embedding_rows_.end(), rows, rows + n_rows * hidden);
   for (int64_t i = 0; i < n_rows; ++i) inputs_.push_back(-1 - (first_row + i));
   compute(n_before, which, logits, progress);
 }
 
 void Session::truncate(int64_t n_tokens) {
+  const OneAtATime guard(in_use_);
   if (n_tokens < 0 || n_tokens > this->n_tokens()) {
     throw InputError("cannot keep " + std::to_string(n_tokens) + " of " + std::to_string(this->n_tokens()) + " tokens");
   }
@@ -124,14 +150,12 @@ void Session::drop_inputs(int64_t n_kept) {
 
 void Session::compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress) {
   const int64_t n = n_tokens();
-  const RopeConfig& rope = config().rope;
-  const bool use_long = rope.original_context > 0 && n > rope.original_context;
-  if (use_long != cached_long_) n_cached_ = 0;  // never two rotations in one cache
-  cached_long_ = use_long;
+  n_cached_ = n_reusable(n);  // never two rotations in one cache
+  cached_long_ = uses_long_factors(n);
   cancelled_ = stop_ = false;
   progress_ = &progress;
   done_ = 0, total_ = n - n_cached_;
-  last_check_ = {};
+  last_check_ = std::chrono::steady_clock::now();
   int64_t n_logits = 0;
   try {
     for (int64_t first = n_cached_; first < n;) {
@@ -160,7 +184,12 @@ bool Session::should_stop() {
   const auto now = std::chrono::steady_clock::now();
   if (now - last_check_ < std::chrono::milliseconds(50)) return false;
   last_check_ = now;
-  return !(*progress_)(done_, total_);
+  try {
+    return !(*progress_)(done_, total_);
+  } catch (...) {  // this is between two barriers, where the other threads would wait for ever
+    progress_error_ = std::current_exception();
+    return true;
+  }
 }
 
 void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) {
@@ -177,6 +206,7 @@ void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) 
     }
     if (which != LogitsFor::kNone) run_head(worker, n, which, logits);
   });
+  if (progress_error_) std::rethrow_exception(std::exchange(progress_error_, nullptr));
   if (stop_) throw CancelledError();
 }
 

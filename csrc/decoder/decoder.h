@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
@@ -57,6 +58,8 @@ class Session {
   void extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits, const ForwardProgress& progress);
 
   void truncate(int64_t n_tokens);
+  // How many of the cached tokens an extension to n_tokens in all will use: none when LongRoPE changes sides.
+  int64_t n_reusable(int64_t n_tokens) const { return uses_long_factors(n_tokens) == cached_long_ ? n_cached_ : 0; }
   void cancel() { cancelled_.store(true); }  // from any thread; ends the extend() that is running
 
   int64_t n_tokens() const { return int64_t(inputs_.size()); }
@@ -70,6 +73,9 @@ class Session {
   // A token id, or -1 - r for row r of embedding_rows_.
   using Input = int64_t;
 
+  bool uses_long_factors(int64_t n_tokens) const {
+    return config().rope.original_context > 0 && n_tokens > config().rope.original_context;
+  }
   void check_room(int64_t n_new) const;
   void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
   void drop_inputs(int64_t n_kept);
@@ -100,9 +106,11 @@ class Session {
   std::vector<AlignedArray<uint8_t>> thread_scratch_;
   WorkCounters counters_;
 
+  std::atomic<bool> in_use_{false};
   std::atomic<bool> cancelled_{false};
   std::atomic<bool> stop_{false};
   const ForwardProgress* progress_ = nullptr;
+  std::exception_ptr progress_error_;
   int64_t done_ = 0, total_ = 0;
   std::chrono::steady_clock::time_point last_check_;
 };

@@ -31,7 +31,6 @@ class KvCache {
   static size_t bytes_for(const ModelConfig& config, int64_t n_positions, KvType type);
 
  private:
-  size_t element_bytes() const { return type_ == KvType::kF16 ? 2 : 4; }
   size_t offset(int64_t layer, int64_t kv_head) const { return layer_bytes_ * size_t(layer) + head_bytes_ * size_t(kv_head); }
 
   KvType type_;

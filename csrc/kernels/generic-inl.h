@@ -2,13 +2,15 @@
 // unnamed namespace; everything here has internal linkage, since the linker would otherwise keep one copy of a function for
 // the whole program, perhaps the one compiled for AVX-512.
 //
-// V has kRows 32-bit lanes (rows of a panel, or keys, or dims), and
+// V has kRows 32-bit lanes (rows of a panel, or keys, or dims), kTileParts registers x kTileTokens tokens in a tile, and
 //   Bytes (4 codes a lane), Ints, Floats
-//   load_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
-//   dot(acc, unsigned codes, signed codes)  dot_signed  kSignedBias (what dot_signed adds to each signed code)
-//   load_ints  load_u16  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer to the
-//   count)  add load  store  load_half  store_half  set1(float)  mul  sub  fma  max  div  to_float  round  as_floats  as_ints
-//   reduce_max  reduce_sum
+//   load_bytes  store_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
+//   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
+//   (-1: nothing) where the instruction wants unsigned ones
+//   load_ints  load_u16  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer to
+//   the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8)
+//   load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the second one if either is NaN)  div
+//   to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -398,7 +400,7 @@ void dequantize_float_row(const uint8_t* panel, int row, int64_t n_columns, floa
 
 // e^x for x <= 88; relative error below 2e-7; zero far below.  Range reduction by powers of two, then a polynomial of degree 6.
 PHI4EDGE_INLINE V::Floats exp(V::Floats x) {
-  x = V::max(x, V::set1(-87.0f));
+  x = V::max(V::set1(-87.0f), x);  // in this order a NaN stays one
   const auto n = V::round(V::mul(x, V::set1(1.44269504f)));
   const auto nf = V::to_float(n);
   auto r = V::fma(nf, V::set1(-0.693359375f), x);
@@ -441,34 +443,34 @@ void to_half(const float* x, int64_t n_values, uint16_t* out) {
   }
 }
 
-// Largest magnitude of 16 values.
-PHI4EDGE_INLINE float largest16(const float* in) {
-  auto largest = V::set1(0.0f);
-  for (int i = 0; i < 16; i += V::kRows) {
-    const auto v = V::load(in + i);
-    largest = V::max(largest, V::max(v, V::sub(V::set1(0.0f), v)));
-  }
+// The bits of the largest magnitude of 16 values.  Magnitudes are in the order of their bits, and infinities and NaN, which
+// comparisons of floats would lose, come last.
+PHI4EDGE_INLINE int32_t largest16(const float* in) {
+  auto largest = V::set1(0);
+  for (int i = 0; i < 16; i += V::kRows) largest = V::max(largest, V::magnitude_bits(V::load(in + i)));
   return V::reduce_max(largest);
 }
 
-// 32 values to codes.
+// 32 values to codes.  What is not finite makes the scale NaN, and so reaches the logits, where it is noticed.
 PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
                                 float& neg_sum32) {
-  const float max16[2] = {largest16(in), largest16(in + 16)};
-  const float max32 = max16[0] > max16[1] ? max16[0] : max16[1];
-  if (!(max32 > 1e-30f)) {  // nothing there, or too little for its reciprocal
+  constexpr int32_t kInfinity = 0x7f800000, kNan = 0x7fc00000, kTiny = 0x0da24260;  // kTiny: 1e-30, its reciprocal is finite
+  const int32_t bits16[2] = {largest16(in), largest16(in + 16)};
+  const int32_t bits32 = bits16[0] > bits16[1] ? bits16[0] : bits16[1];
+  if (bits32 < kTiny || bits32 >= kInfinity) {
+    const int32_t bits = bits32 < kTiny ? 0 : kNan;
     std::memset(codes, 0, 32);
-    scale = 0, neg_sum32 = 0;
+    std::memcpy(&scale, &bits, 4);
+    neg_sum32 = scale;
     shifts[0] = shifts[1] = 0, neg_sums[0] = neg_sums[1] = 0;
     return;
   }
+  float max32;
+  std::memcpy(&max32, &bits32, 4);
   const float inverse = 127.0f / max32;
-  int32_t bits32, sum32 = 0;
-  std::memcpy(&bits32, &max32, 4);
+  int32_t sum32 = 0;
   for (int half = 0; half < 2; ++half) {
-    int32_t bits16;
-    std::memcpy(&bits16, &max16[half], 4);
-    const int ratio = (bits32 - bits16) >> 23;  // floor(log2(max32 / max16)), by the order of the bits of floats
+    const int ratio = (bits32 - bits16[half]) >> 23;  // floor(log2(max32 / max16))
     const int e = ratio < 7 ? ratio : 7;
     const auto factor = V::set1(inverse * float(1 << e));
     auto sum = V::set1(0);

@@ -57,6 +57,8 @@ struct V {
   static Ints shift_left(Ints v, int n) { return int32_t(uint32_t(v) << n); }
   static Ints shift_left_by(Ints v, const int32_t* n) { return shift_left(v, *n); }
   static Ints add(Ints a, Ints b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+  static Ints max(Ints a, Ints b) { return a > b ? a : b; }
+  static int32_t reduce_max(Ints v) { return v; }
   static int32_t reduce_sum(Ints v) { return v; }
   static void store_codes(int8_t* p, Ints v) { *p = int8_t(v); }
 
@@ -72,9 +74,10 @@ struct V {
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
   static Floats to_float(Ints v) { return float(v); }
-  static Ints round(Floats v) { return int32_t(std::nearbyint(v)); }
+  static Ints round(Floats v) { return v == v ? int32_t(std::nearbyint(v)) : 0; }
   static Floats as_floats(Ints v) { return std::bit_cast<float>(v); }
   static Ints as_ints(Floats v) { return std::bit_cast<int32_t>(v); }
+  static Ints magnitude_bits(Floats v) { return as_ints(v) & 0x7fffffff; }
   static float reduce_max(Floats v) { return v; }
   static float reduce_sum(Floats v) { return v; }
 };

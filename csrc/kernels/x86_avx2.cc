@@ -60,6 +60,12 @@ struct V {
   static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  static int32_t reduce_max(Ints v) {
+    const __m128i a = _mm_max_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
+    const __m128i b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+  }
   static int32_t reduce_sum(Ints v) {
     const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
     const __m128i b = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
@@ -87,6 +93,7 @@ struct V {
   static Ints round(Floats v) { return {_mm256_cvtps_epi32(v.v)}; }
   static Floats as_floats(Ints v) { return {_mm256_castsi256_ps(v.v)}; }
   static Ints as_ints(Floats v) { return {_mm256_castps_si256(v.v)}; }
+  static Ints magnitude_bits(Floats v) { return {_mm256_and_si256(as_ints(v).v, _mm256_set1_epi32(0x7fffffff))}; }
   static float reduce_max(Floats v) {
     const __m128 a = _mm_max_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
     const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));

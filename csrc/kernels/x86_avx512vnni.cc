@@ -57,6 +57,8 @@ struct V {
   static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  static int32_t reduce_max(Ints v) { return _mm512_reduce_max_epi32(v.v); }
   static int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v.v); }
   static void store_codes(int8_t* p, Ints v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v.v)); }
 
@@ -77,6 +79,7 @@ struct V {
   static Ints round(Floats v) { return {_mm512_cvtps_epi32(v.v)}; }
   static Floats as_floats(Ints v) { return {_mm512_castsi512_ps(v.v)}; }
   static Ints as_ints(Floats v) { return {_mm512_castps_si512(v.v)}; }
+  static Ints magnitude_bits(Floats v) { return {_mm512_and_si512(as_ints(v).v, _mm512_set1_epi32(0x7fffffff))}; }
   static float reduce_max(Floats v) { return _mm512_reduce_max_ps(v.v); }
   static float reduce_sum(Floats v) { return _mm512_reduce_add_ps(v.v); }
 };

@@ -20,7 +20,6 @@ inline constexpr int kLineBytes = 64;
 
 template <int Low, int High>
 struct Planes {
-  static constexpr int kLow = Low, kHigh = High;
   static constexpr int kLines = Low + High;  // per 32 columns
 
   // Adds the 32 codes of one row to the (zeroed) lines of one block of columns.

@@ -43,25 +43,8 @@ def stream_answer(
 
 def answer_as_json(answer: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
     """The answer as ``--json`` prints it."""
-    document: dict[str, Any] = {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "finish_reason": answer.finish_reason,
-        "usage": {
-            "prompt_tokens": answer.usage.prompt_tokens,
-            "cached_tokens": answer.usage.cached_tokens,
-            "completion_tokens": answer.usage.completion_tokens,
-        },
-        "timings": {
-            "load_seconds": answer.timings.load_seconds,
-            "prefill_seconds": answer.timings.prefill_seconds,
-            "first_token_seconds": answer.timings.first_token_seconds,
-            "decode_seconds": answer.timings.decode_seconds,
-            "prefill_tokens_per_second": answer.timings.prefill_rate,
-            "decode_tokens_per_second": answer.timings.decode_rate,
-        },
-        "peak_memory_bytes": machine.peak_memory(),
-    }
+    document = answer.as_json() | {"peak_memory_bytes": machine.peak_memory()}
+    del document["logprobs"]
     if answer.logprobs:
         document["logprobs"] = [_logprob_as_json(step, tokenizer) for step in answer.logprobs]
     return document
@@ -85,18 +68,19 @@ def stats_lines(answer: Generation) -> list[str]:
 def logprob_lines(steps: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[str]:
     """One line per token: the token, its log probability, and the likeliest tokens there."""
     return [
-        f"{tokenizer.token_text(step.token)!r} {step.logprob:.4f}  "
-        + " ".join(f"{tokenizer.token_text(token)!r}:{logprob:.4f}" for token, logprob in step.top)
+        f"{_text_of(step.token, tokenizer)!r} {step.logprob:.4f}  "
+        + " ".join(f"{_text_of(token, tokenizer)!r}:{logprob:.4f}" for token, logprob in step.top)
         for step in steps
     ]
 
 
+def _text_of(token: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.token_bytes(token, special=True).decode("utf-8", "replace")
+
+
 def _logprob_as_json(step: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "token": step.token,
-        "text": tokenizer.token_text(step.token),
-        "logprob": step.logprob,
-        "top": [
-            {"token": token, "text": tokenizer.token_text(token), "logprob": logprob} for token, logprob in step.top
-        ],
-    }
+    """As :meth:`TokenLogprob.as_json`, with the texts of the tokens."""
+    document = step.as_json() | {"text": _text_of(step.token, tokenizer)}
+    for entry in document["top"]:
+        entry["text"] = _text_of(entry["token"], tokenizer)
+    return document

@@ -35,7 +35,7 @@ _BANDWIDTH_SECONDS = 1.0
 
 
 @dataclass
-class Timings:
+class Measured:
     """Seconds of each repetition."""
 
     prefill: list[float] = field(default_factory=list)
@@ -70,12 +70,12 @@ def bench(
         output.write_text("\n".join(bench_lines(record)) + "\n")
 
 
-def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: int) -> Timings:
+def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: int) -> Measured:
     """Times ``repetitions`` runs from an empty cache, after one short run that does not count."""
     tokens = random.Random(0).choices(range(model.config.vocab_size), k=prompt_tokens)
     session = model.session()
-    timings = Timings()
-    _run_once(session, tokens[:16], min(4, decode_tokens), Timings())
+    timings = Measured()
+    _run_once(session, tokens[:16], min(4, decode_tokens), Measured())
     for repetition in range(1, repetitions + 1):
         _run_once(session, tokens, decode_tokens, timings)
         # No progress bar: drawing it would take time from the threads that are measured.
@@ -86,7 +86,7 @@ def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: i
     return timings
 
 
-def _run_once(session: Session, tokens: Sequence[int], decode_tokens: int, timings: Timings) -> None:
+def _run_once(session: Session, tokens: Sequence[int], decode_tokens: int, timings: Measured) -> None:
     session.clear()
     started = time.perf_counter()
     logits = session.extend(tokens)
@@ -102,7 +102,7 @@ def _run_once(session: Session, tokens: Sequence[int], decode_tokens: int, timin
 
 
 def bench_record(
-    model: Model, timings: Timings, bandwidth: float, *, prompt_tokens: int, decode_tokens: int
+    model: Model, timings: Measured, bandwidth: float, *, prompt_tokens: int, decode_tokens: int
 ) -> dict[str, Any]:
     """What was measured, as ``--json`` prints it.  ``bandwidth`` is in bytes per second."""
     bytes_per_token = model.decode_bytes(prompt_tokens + decode_tokens // 2)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /help           this list
-/system [TEXT]  show the system message, or set it
+/system [TEXT]  show the system message, or set it; /system - removes it
 /clear          forget the conversation; the system message stays
 /regen          answer the last message again
 /stats          counts and speeds of the last answer
@@ -34,6 +34,7 @@ class Conversation:
         self._stats = stats
         self._messages: list[Message] = []
         self._last: Generation | None = None
+        self._n_regenerated = 0
         self.finished = False
 
     def handle(self, text: str) -> None:
@@ -41,14 +42,13 @@ class Conversation:
         if text.startswith("/") and not text.startswith("//"):
             self._command(text)
         elif text.strip():
-            self._messages.append({"role": "user", "content": text.removeprefix("/") if text[:1] == "/" else text})
-            self._answer()
+            self._answer([*self._messages, {"role": "user", "content": text.removeprefix("/")}], self._config)
 
     def _command(self, text: str) -> None:
         name, _, argument = text.strip().partition(" ")
         if name == "/help":
             self._tell(HELP)
-        elif name == "/exit":
+        elif name in ("/exit", "/quit", "/bye"):
             self.finished = True
         elif name == "/clear":
             self._messages.clear()
@@ -64,16 +64,22 @@ class Conversation:
 
     def _change_system(self, text: str) -> None:
         if text:
-            self._system = text
+            self._system = None if text == "-" else text
         self._tell(f"System message: {self._system}" if self._system else "There is no system message.")
 
     def _regenerate(self) -> None:
-        if self._messages and self._messages[-1]["role"] == "assistant":
-            self._messages.pop()
-        if self._messages:
-            self._answer()
-        else:
+        answered = bool(self._messages) and self._messages[-1]["role"] == "assistant"
+        messages = self._messages[:-1] if answered else self._messages
+        if not messages:
             self._tell("There is nothing to answer yet.")
+            return
+        config = self._config
+        if config.temperature == 0:
+            output.hint("[temperature 0 gives the same answer again; start with --temperature 0.8]")
+        elif config.seed is not None:
+            self._n_regenerated += 1
+            config = config.merged(seed=(config.seed + self._n_regenerated) % 2**64)
+        self._answer(messages, config)
 
     def _show_stats(self) -> None:
         if self._last is None:
@@ -83,21 +89,20 @@ class Conversation:
         lines = [*answers.stats_lines(self._last), f"context {used:,} of {self._model.context:,} tokens"]
         self._tell("\n".join(lines))
 
-    def _answer(self) -> None:
-        """Answers the last message.  A message that cannot be answered is taken back."""
-        start: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+    def _answer(self, messages: list[Message], config: GenerationConfig) -> None:
+        """Answers the last of ``messages``; they become the conversation only when there is an answer."""
+        start: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
         try:
-            self._last = answers.stream_answer(self._model, [*start, *self._messages], self._config)
+            last = answers.stream_answer(self._model, [*start, *messages], config)
         except KeyboardInterrupt:
-            self._last = self._model.last
-            if self._last is None or not self._last.tokens:  # stopped before the first token
-                self._messages.pop()
+            if self._model.last is None or not self._model.last.tokens:  # stopped before the first token
                 return
-        except Exception:
-            self._messages.pop()
-            raise
-        self._messages.append({"role": "assistant", "content": self._last.text})
-        if self._last.finish_reason == "length":
+            last = self._model.last
+        self._last = last
+        self._messages = [*messages, {"role": "assistant", "content": last.text}]
+        for line in answers.logprob_lines(last.logprobs, self._model.tokenizer):
+            output.note(line)
+        if last.finish_reason == "length":
             output.hint("[cut; --max-tokens or --context allow more]")
         if self._stats:
             self._show_stats()

@@ -62,7 +62,7 @@ def known_error(error: BaseException) -> Phi4EdgeError | None:
             "this installation has no compiled module for this processor and Python", hint="install phi4edge again"
         )
     if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-        return DiskError(f"cannot write: {error.strerror}", path=str(error.filename or ""))
+        return DiskError(f"cannot write: {error.strerror}", path=str(error.filename or "standard output"))
     return None
 
 
@@ -102,7 +102,7 @@ def _usage_error(error: BaseException) -> UsageError:
     options = getattr(getattr(error, "param", None), "opts", None)
     field = options[0] if options else ""
     if field and isinstance(error, typer.BadParameter) and error.message:
-        message = error.message.rstrip(".")
+        message = error.message.rstrip(".").removeprefix("Value error, ")
     else:
         field = ""  # the message already names it
     return UsageError(message, field=field, hint=f"try '{path} --help'")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phi4edge.cli import output
-from phi4edge.cli.options import Context, Json, KvType, ModelPath
+from phi4edge.cli.options import Context, Json, KvType, ModelPath, named_as_option
 from phi4edge.cli.progress import ProgressBar
+from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
     from phi4edge.info import ModelInfo
@@ -44,7 +45,10 @@ def info(
     from phi4edge.info import check as check_weights
     from phi4edge.info import inspect, require_no_warnings
 
-    found = inspect(model, context, kv_type.value)
+    try:
+        found = inspect(model, context, kv_type.value)
+    except UsageError as error:
+        raise named_as_option(error, ("context", "kv_type")) from None
     if strict:
         require_no_warnings(model, found.warnings)
     if check:

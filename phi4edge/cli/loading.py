@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from phi4edge import machine
 from phi4edge.cli import output
-from phi4edge.cli.options import Runtime
+from phi4edge.cli.options import Runtime, named_as_option
 from phi4edge.cli.progress import ProgressBar
+from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
     from phi4edge.model import Model
@@ -22,9 +23,12 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
     with closing(ProgressBar("Loading", in_bytes=True)) as bar:
         from phi4edge.model import load
 
-        model = load(
-            path, context=context, threads=threads, kv_type=runtime.kv_type.value, isa=runtime.isa, progress=bar
-        )
+        try:
+            model = load(
+                path, context=context, threads=threads, kv_type=runtime.kv_type.value, isa=runtime.isa, progress=bar
+            )
+        except UsageError as error:
+            raise named_as_option(error, ("context", "kv_type", "threads")) from None
     for text in model.warnings:
         output.warn(f"{path}: {text}")
     return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _ANSWER, _CHOICE, _MACHINE = "The answer", "How tokens are chosen", "The machine"
 
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or the first of its shards.")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")]
 Context = Annotated[
     int | None,
     typer.Option(
@@ -135,8 +135,14 @@ class Sampling:
         try:
             return GenerationConfig(**values)
         except UsageError as error:
-            field = f"--{error.field.replace('_', '-')}" if error.field in values else error.field
-            raise UsageError(error.problem, path=error.path, field=field, hint=error.hint) from None
+            raise named_as_option(error, values) from None
+
+
+def named_as_option(error: UsageError, names: Iterable[str]) -> UsageError:
+    """``error`` with its field written as the option of that name."""
+    name, bracket, rest = error.field.partition("[")
+    field = f"--{name.replace('_', '-')}{bracket}{rest}" if name in names else error.field
+    return UsageError(error.problem, path=error.path, field=field, hint=error.hint)
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

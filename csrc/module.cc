@@ -22,6 +22,7 @@
 #include "gguf/gguf.h"
 #include "kernels/dispatch.h"
 #include "quant/format.h"
+#include "quant/quantize.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -212,6 +213,26 @@ py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n
   return out;
 }
 
+py::array_t<uint8_t> quantize(uint32_t type_id, const FloatArray& rows, int n_threads,
+                              const std::optional<FloatArray>& importance) {
+  const Format* format = find_format(type_id);
+  if (!format) throw InputError("no format has the type number " + std::to_string(type_id));
+  if (rows.ndim() != 2) throw InputError("expected rows in two dimensions, got " + std::to_string(rows.ndim()));
+  if (importance && (importance->ndim() != 1 || importance->shape(0) != rows.shape(1))) {
+    throw InputError("expected an importance for each of " + std::to_string(rows.shape(1)) + " columns, got " +
+                     std::to_string(importance->size()));
+  }
+  const size_t row_bytes = format->row_bytes(rows.shape(1));
+  py::array_t<uint8_t> out({rows.shape(0), py::ssize_t(row_bytes)});
+  uint8_t* to = out.mutable_data();
+  const float *from = rows.data(), *weights = importance ? importance->data() : nullptr;
+  const int64_t n_rows = rows.shape(0), n_columns = rows.shape(1);
+  const py::gil_scoped_release release;
+  ThreadPool pool(n_threads);
+  quantize_rows(*format, from, n_rows, n_columns, weights, to, pool);
+  return out;
+}
+
 void expect_matrix(const FloatArray& x, int64_t n_columns) {
   if (x.ndim() != 2 || x.shape(1) != n_columns) {
     throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) +
@@ -243,6 +264,8 @@ void bind_kernels(py::module_& m) {
       "Instruction sets that this build has and this CPU runs, best first.");
   m.def("dequantize", &dequantize, "type_id"_a, "data"_a, "n_values"_a,
         "File blocks to floats, by the definition of the format.");
+  m.def("quantize", &quantize, "type_id"_a, "rows"_a, "n_threads"_a = 1, "importance"_a = py::none(),
+        "Floats [n_rows, n_columns] to file blocks, uint8[n_rows, row_bytes], with the least importance[column] * error^2.");
   m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
         py::call_guard<py::gil_scoped_release>());
 

@@ -1,0 +1,113 @@
+// Floats to blocks of 32 values with one half scale (and perhaps a half minimum).
+
+#include "quant/quantize_blocks.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "quant/fit.h"
+#include "quant/store_codes.h"
+
+namespace phi4edge {
+namespace {
+
+// How far the starts of the search reach: the fewer levels, the more it pays to clip the largest values.
+template <class F>
+struct Search;
+template <>
+struct Search<Q8_0> {
+  using Levels = Integers<-128, 127>;
+  static constexpr float kMost = 1.003f, kLeast = 0.975f;
+};
+template <>
+struct Search<Q5_0> {
+  using Levels = Integers<-16, 15>;
+  static constexpr float kMost = 1.03f, kLeast = 0.78f;
+};
+template <>
+struct Search<Q4_0> {
+  using Levels = Integers<-8, 7>;
+  static constexpr float kMost = 1.06f, kLeast = 0.62f;
+};
+template <>
+struct Search<IQ4_NL> {
+  using Levels = Iq4Levels;
+  static constexpr float kMost = 1.06f, kLeast = 0.62f;
+};
+template <>
+struct Search<Q5_1> {
+  using Levels = Integers<0, 31>;
+  static constexpr float kTrim = 0.03f;
+};
+template <>
+struct Search<Q4_1> {
+  using Levels = Integers<0, 15>;
+  static constexpr float kTrim = 0.05f;
+};
+
+// The block on its grid.
+struct Scaled {
+  float x[32];
+  HalfGrid grid;
+  explicit Scaled(const float* values) : grid(std::fabs(largest_of<32>(values))) {
+    for (int i = 0; i < 32; ++i) x[i] = grid.to_block(values[i]);
+  }
+};
+
+template <class F>
+void quantize_with_scale(const float* values, const float* w, typename F::Block& block) {
+  using S = Search<F>;
+  using Levels = typename S::Levels;
+  const Scaled scaled(values);
+  float best_error = 0, best_scale = 0;
+  for (int i = 0; i < 32; ++i) best_error += w[i] * scaled.x[i] * scaled.x[i];
+  search_scales<Levels, 32, 16>(scaled.x, w, S::kMost, S::kLeast, 2, [&](ScaleFits<16>& fits) {
+    for (float& scale : fits.scale) scale = scaled.grid.round(scale);
+    assign<Levels, 32>(scaled.x, w, fits);
+    const int k = smallest(fits.error);
+    if (fits.error[k] < best_error) best_error = fits.error[k], best_scale = fits.scale[k];
+  });
+  uint8_t codes[32];
+  final_codes<Levels, 32>(scaled.x, best_scale, 0, codes);
+  if constexpr (std::is_same_v<F, Q8_0>) {
+    for (uint8_t& code : codes) code = uint8_t(code - 128);  // Q8_0 stores signed bytes
+  }
+  block.scale = scaled.grid.half(best_scale);
+  store_codes(codes, block);
+}
+
+template <class F>
+void quantize_with_minimum(const float* values, const float* w, typename F::Block& block) {
+  using Levels = typename Search<F>::Levels;
+  const Scaled scaled(values);
+  LineFits<16> fits;
+  search_lines<Levels, 32>(scaled.x, w, Search<F>::kTrim, true, 3, fits);
+  for (int k = 0; k < 16; ++k) {
+    fits.scale[k] = scaled.grid.round(fits.scale[k]), fits.offset[k] = scaled.grid.round(fits.offset[k]);
+  }
+  fits.scale[15] = fits.offset[15] = 0;  // best for values below the least half
+  assign<Levels, 32>(scaled.x, w, fits);
+  const int k = smallest(fits.error);
+  uint8_t codes[32];
+  final_codes<Levels, 32>(scaled.x, fits.scale[k], fits.offset[k], codes);
+  block.scale = scaled.grid.half(fits.scale[k]);
+  block.minimum = scaled.grid.half(fits.offset[k]);
+  store_codes(codes, block);
+}
+
+}  // namespace
+
+#define X(F, function)                                                           \
+  template <>                                                                    \
+  void quantize_block<F>(const float* x, const float* weight, F::Block& block) { \
+    function<F>(x, weight, block);                                               \
+  }
+X(Q8_0, quantize_with_scale)
+X(Q4_0, quantize_with_scale)
+X(Q5_0, quantize_with_scale)
+X(IQ4_NL, quantize_with_scale)
+X(Q4_1, quantize_with_minimum)
+X(Q5_1, quantize_with_minimum)
+#undef X
+
+}  // namespace phi4edge

@@ -9,7 +9,7 @@ PEERS ?=
 QUESTION ?= Why is the sky blue?
 
 PIP := $(VENV)/bin/python -m pip install --quiet
-sources := pyproject.toml CMakeLists.txt $(shell find csrc phi4edge -name '*.cc' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
+sources := pyproject.toml CMakeLists.txt $(shell find csrc phi4edge converters -name '*.cc' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
 
 .PHONY: demo test lint format sanitize stubs clean
 .DELETE_ON_ERROR:

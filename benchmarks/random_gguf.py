@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, TokenType
 
+from phi4edge.converters.mixes import MIXES, Mix
+
 Bytes = npt.NDArray[np.uint8]
 
 BYTES_AT_ONCE = 64 << 20
@@ -70,65 +72,6 @@ SPECIAL_TOKENS = {
     26: "<|tool_call|>",
     27: "<|/tool_call|>",
     28: "<|tool_response|>",
-}
-
-
-# --- which type a tensor has
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Types by role. `first` and `more` are given to early layers, or to the half that llama.cpp thinks matters."""
-
-    rest: str
-    head: str = "Q6_K"  # token_embd when it is the output matrix too, else output
-    qkv: str = ""
-    output: str = ""
-    down: str = ""
-    more: str = ""  # attn_qkv and ffn_down of the layers of use_more_bits()
-    first: str = ""  # ffn_down, and attn_qkv where first_qkv, of the leading layers
-    first_share: int = 8  # one in so many layers
-    first_qkv: int = 0  # leading layers whose attn_qkv has the type `first`
-
-    def type_of(self, role: str, layer: int, shape: Shape) -> str:
-        if role == "output" or (role == "token_embd" and shape.tied):
-            return self.head
-        if self.more and role in ("attn_qkv", "ffn_down") and use_more_bits(layer, shape.layers):
-            return self.more
-        if self.first and role == "ffn_down" and layer < shape.layers // self.first_share:
-            return self.first
-        if self.first and role == "attn_qkv" and layer < self.first_qkv:
-            return self.first
-        return {"attn_qkv": self.qkv, "attn_output": self.output, "ffn_down": self.down}.get(role, "") or self.rest
-
-
-def use_more_bits(layer: int, n_layers: int) -> bool:
-    """The first and the last eighth, and every third layer between them."""
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
-
-
-# As llama_model_quantize assigns them for phi3 with three query heads per key head.
-MIXES = {
-    "F32": Mix("F32", head="F32"),
-    "F16": Mix("F16", head="F16"),
-    "BF16": Mix("BF16", head="BF16"),
-    "Q8_0": Mix("Q8_0", head="Q8_0"),
-    "Q4_0": Mix("Q4_0"),
-    "Q4_1": Mix("Q4_1"),
-    "Q5_0": Mix("Q5_0"),
-    "Q5_1": Mix("Q5_1"),
-    "Q6_K": Mix("Q6_K"),
-    "Q2_K": Mix("Q2_K", qkv="Q3_K", output="Q3_K", down="Q3_K"),
-    "Q3_K_S": Mix("Q3_K"),
-    "Q3_K_M": Mix("Q3_K", qkv="Q4_K", output="Q4_K", down="Q4_K", first="Q5_K", first_share=16, first_qkv=2),
-    "Q3_K_L": Mix("Q3_K", qkv="Q5_K", output="Q5_K", down="Q5_K"),
-    "Q4_K_S": Mix("Q4_K", first="Q5_K", first_qkv=4),
-    "Q4_K_M": Mix("Q4_K", more="Q6_K"),
-    "Q5_K_S": Mix("Q5_K"),
-    "Q5_K_M": Mix("Q5_K", more="Q6_K"),
-    "IQ4_NL": Mix("IQ4_NL", first="Q5_K"),
-    "IQ4_XS": Mix("IQ4_XS", first="Q5_K"),
 }
 
 
@@ -247,7 +190,7 @@ def _matrix_pieces(shape: Shape, mix: Mix, rng: np.random.Generator) -> Iterator
         prefix = "" if layer < 0 else f"blk.{layer}."
         if role in ("attn_qkv", "ffn_up"):
             yield norm(prefix + ("attn_norm.weight" if role == "attn_qkv" else "ffn_norm.weight"))
-        key = mix.type_of(role, layer, shape), deviation_of(role, n_columns)
+        key = mix.type_of(role, layer, shape.layers, tied=shape.tied), deviation_of(role, n_columns)
         maker = makers.setdefault(key, block_maker(*key, rng))
         yield _Tensor(f"{prefix}{role}.weight", (n_rows, n_columns), GGMLQuantizationType[key[0]], maker)
     yield norm("output_norm.weight")

@@ -175,7 +175,8 @@ def _part(entry: Any, index: int, problems: list[str]) -> Part | None:
     if not isinstance(entry, dict):
         problems.append(f"{where} is not an object")
         return None
-    role, file, n_bytes, sha256 = (entry.get(name) for name in ("role", "file", "n_bytes", "sha256"))
+    values: list[Any] = [entry.get(name) for name in ("role", "file", "n_bytes", "sha256")]
+    role, file, n_bytes, sha256 = values
     details = entry.get("details", {})
     found = len(problems)
     if not isinstance(role, str) or not _PLAIN_NAME.fullmatch(role):
@@ -188,7 +189,7 @@ def _part(entry: Any, index: int, problems: list[str]) -> Part | None:
         problems.append(f"{where}: sha256 is not 64 hexadecimal digits")
     if not isinstance(details, dict):
         problems.append(f"{where}: details is not an object")
-    return None if len(problems) > found else Part(role, file, n_bytes, sha256, details)  # type: ignore[arg-type]
+    return None if len(problems) > found else Part(role, file, n_bytes, sha256, details)
 
 
 def _is_int(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from phi4edge.cli import bench, chat, errors, info, output, run, version
+from phi4edge.cli import bench, chat, convert, errors, info, output, run, verify, version
 from phi4edge.cli.help import HelpfulCommand
 from phi4edge.cli.options import expand
 
@@ -19,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-for module, name in ((run, "run"), (chat, "chat"), (info, "info"), (bench, "bench"), (version, "version")):
+for module in (run, chat, convert, verify, info, bench, version):
+    name = module.__name__.rpartition(".")[2]
     app.command(name, cls=HelpfulCommand, epilog=module.EXAMPLES)(expand(getattr(module, name)))
 
 

@@ -15,10 +15,13 @@ _PATIENCE = 0.3  # seconds of work before a bar is worth showing
 
 
 class ProgressBar:
-    """A callable ``(done, total)``, which is what the library calls; :meth:`close` wipes the bar."""
+    """A callable ``(done, total)``, which is what the library calls; :meth:`close` wipes the bar.
+
+    ``title`` may be set to tell what is worked on now.
+    """
 
     def __init__(self, title: str, *, in_bytes: bool = False) -> None:
-        self._title = title
+        self.title = title
         self._in_bytes = in_bytes
         self._started = time.monotonic()
         self._enabled = output.is_terminal(sys.stderr)
@@ -32,9 +35,9 @@ class ProgressBar:
             if time.monotonic() - self._started < _PATIENCE or done >= total:
                 return
             self._progress = self._open()
-            self._task = self._progress.add_task(self._title, total=total)
+            self._task = self._progress.add_task(self.title, total=total)
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total, description=self.title)
 
     def close(self) -> None:
         self._enabled = False
@@ -51,6 +54,7 @@ class ProgressBar:
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(),
             rich_progress.DownloadColumn(binary_units=True) if is_bytes else rich_progress.MofNCompleteColumn(),
+            *((rich_progress.TransferSpeedColumn(),) if is_bytes else ()),
             rich_progress.TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,

@@ -1,0 +1,220 @@
+"""The backbone as a GGUF file of the architecture phi3, which llama.cpp reads too; written tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from phi4edge import _core
+from phi4edge.converters.checkpoint import Checkpoint, SourceTensor, row_pieces, to_float32
+from phi4edge.converters.mixes import MIXES, fitting_type
+from phi4edge.converters.variants import Assignment, BackboneConfig, Variant, match_tensors, read_config
+from phi4edge.converters.vocabulary import Vocabulary, read_vocabulary
+from phi4edge.errors import BundleError, UnsupportedError
+
+Array = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # (name of the tensor, bytes of the source done, bytes in all)
+
+_VALUES_AT_ONCE = 4 << 20
+_LARGEST_HALF = 65504.0
+_NUMPY_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """All that is known before a weight is read: every name, shape and type was checked."""
+
+    variant: Variant
+    config: BackboneConfig
+    vocabulary: Vocabulary
+    tensors: list[tuple[Assignment, SourceTensor, str]]  # the last is the type it will have
+    unused: Mapping[str, list[str]]  # reason -> names
+    file_type: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the weights in the new file."""
+        return sum(_n_bytes(assignment.shape, type_name) for assignment, _, type_name in self.tensors)
+
+    def bytes_by_type(self) -> dict[str, tuple[int, int]]:
+        """Type -> values and bytes, the largest first."""
+        found: dict[str, tuple[int, int]] = {}
+        for assignment, _, name in self.tensors:
+            values, n_bytes = found.get(name, (0, 0))
+            found[name] = values + math.prod(assignment.shape), n_bytes + _n_bytes(assignment.shape, name)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+@dataclass(frozen=True)
+class Written:
+    n_bytes: int
+    sha256: str
+    source_sha256: str  # of names, types, shapes and bytes of the tensors that were used
+
+
+def plan_backbone(checkpoint: Checkpoint, variant: Variant, mix_name: str) -> BackbonePlan:
+    """Checks everything but the values of the weights.  Raises BundleError, FileError, UnsupportedError."""
+    config = read_config(checkpoint)
+    pairs, unused = match_tensors(checkpoint, variant, config)
+    mix = MIXES[mix_name]
+    tensors = []
+    for assignment, source in pairs:
+        if len(assignment.shape) == 1:
+            type_name = "F32"
+        else:
+            wanted = mix.type_of(assignment.role, assignment.layer, config.layers, tied=config.tied)
+            type_name = fitting_type(wanted, assignment.shape[1])
+        tensors.append((assignment, source, type_name))
+    for type_name in sorted({type_name for _, _, type_name in tensors}):
+        if not can_encode(type_name):
+            raise UnsupportedError(f"this build cannot quantize to {type_name}", hint="use q8_0, f16 or bf16")
+    file_type = gguf.LlamaFileType["ALL_F32" if mix_name == "F32" else f"MOSTLY_{mix_name}"]
+    vocabulary = read_vocabulary(checkpoint, config.vocab)
+    return BackbonePlan(variant, config, vocabulary, tensors, unused, int(file_type))
+
+
+def write_backbone(
+    path: Path, checkpoint: Checkpoint, plan: BackbonePlan, *, n_threads: int, progress: Progress
+) -> Written:
+    """Writes the file and syncs it.  BundleError names a tensor with a value that is not finite or does not fit."""
+    alignment = _write_header(path, plan)
+    source_hash, file_hash = hashlib.sha256(), hashlib.sha256(path.read_bytes())
+    done, total = 0, sum(source.n_bytes for _, source, _ in plan.tensors)
+    with path.open("ab") as file:
+        output = _HashedFile(file, file_hash, path.stat().st_size)
+        for data in _rope_factors(plan.config).values():
+            output.pad(alignment)
+            output.write(data)
+        for assignment, source, type_name in plan.tensors:
+            output.pad(alignment)
+            source_hash.update(f"{source.name} {source.dtype} {source.shape}\n".encode())
+            n_rows, n_columns = assignment.shape if len(assignment.shape) == 2 else (1, assignment.shape[0])
+            for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+                progress(source.name, done, total)
+                raw = checkpoint.raw(source, first, n_piece)
+                source_hash.update(raw)
+                rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
+                _require_fitting(rows, type_name, source)
+                output.write(encode(rows, type_name, n_threads))
+                done += len(raw)
+        output.pad(alignment)
+        progress("", done, total)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(output.n_bytes, file_hash.hexdigest(), source_hash.hexdigest())
+
+
+def can_encode(type_name: str) -> bool:
+    return type_name in (*_NUMPY_TYPES, "Q8_0") or hasattr(_core, "quantize")
+
+
+def encode(rows: Array, type_name: str, n_threads: int) -> npt.NDArray[Any]:
+    """Rows of weights in one of the formats of GGUF."""
+    if type_name == "F32":
+        return rows
+    type_id = GGMLQuantizationType[type_name]
+    quantize = getattr(_core, "quantize", None)
+    if type_name in _NUMPY_TYPES or quantize is None:
+        return np.asarray(gguf.quants.quantize(rows, type_id))
+    return np.asarray(quantize(int(type_id), rows, n_threads, importance=None))
+
+
+class _HashedFile:
+    def __init__(self, file: BinaryIO, digest: Any, n_bytes: int) -> None:
+        self._file = file
+        self._digest = digest
+        self.n_bytes = n_bytes
+
+    def write(self, data: npt.NDArray[Any] | bytes) -> None:
+        view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
+        self._file.write(view)
+        self._digest.update(view)
+        self.n_bytes += len(view)
+
+    def pad(self, alignment: int) -> None:
+        self.write(b"\0" * (-self.n_bytes % alignment))
+
+
+def _write_header(path: Path, plan: BackbonePlan) -> int:
+    """Metadata and the tensor directory; returns the alignment of the data that follow."""
+    writer = gguf.GGUFWriter(str(path), "phi3")
+    try:
+        _add_config(writer, plan)
+        plan.vocabulary.write_to(writer)
+        # The factors come first: llama.cpp reads head_dim / 2 of them, and at the end of a file it would crash.
+        for name, data in _rope_factors(plan.config).items():
+            writer.add_tensor_info(name, data.shape, np.dtype(np.float32), data.nbytes, GGMLQuantizationType.F32)
+        for assignment, _, type_name in plan.tensors:
+            writer.add_tensor_info(
+                f"{assignment.target}.weight",
+                assignment.shape,
+                np.dtype(np.float32),
+                _n_bytes(assignment.shape, type_name),
+                GGMLQuantizationType[type_name],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    return int(writer.data_alignment)
+
+
+def _add_config(writer: gguf.GGUFWriter, plan: BackbonePlan) -> None:
+    config = plan.config
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(plan.variant.title)
+    n_values = sum(math.prod(assignment.shape) for assignment, _, _ in plan.tensors)
+    writer.add_size_label(gguf.size_label(n_values, n_values, 0, 0))
+    writer.add_context_length(config.context)
+    if config.original_context:
+        writer.add_rope_scaling_orig_ctx_len(config.original_context)
+        writer.add_rope_scaling_attn_factors(config.attention_factor)
+    writer.add_embedding_length(config.hidden)
+    writer.add_feed_forward_length(config.ffn)
+    writer.add_block_count(config.layers)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_epsilon)
+    writer.add_rope_dimension_count(config.rotary_dims)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_sliding_window(config.sliding_window)
+    if config.head_dim * config.heads != config.hidden:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    writer.add_file_type(plan.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _rope_factors(config: BackboneConfig) -> dict[str, Array]:
+    if not config.original_context:
+        return {}
+    return {
+        "rope_factors_long.weight": np.array(config.long_factors, np.float32),
+        "rope_factors_short.weight": np.array(config.short_factors, np.float32),
+    }
+
+
+def _n_bytes(shape: tuple[int, ...], type_name: str) -> int:
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return math.prod(shape) // block_values * block_bytes
+
+
+def _require_fitting(rows: Array, type_name: str, source: SourceTensor) -> None:
+    # One pass each, without a temporary: NaN and infinities show in the extremes.
+    low, high = float(rows.min()), float(rows.max())
+    where = {"path": str(source.path), "field": f"tensor '{source.name}'"}
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BundleError("has a NaN or an infinity", **where, hint="download it again, or repair the checkpoint")
+    if type_name not in ("F32", "BF16") and max(-low, high) > _LARGEST_HALF:
+        raise BundleError(f"has a weight of {max(-low, high):.3g}, too large for {type_name}", **where, hint="use bf16")

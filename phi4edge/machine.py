@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import re
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path

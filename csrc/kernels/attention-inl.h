@@ -1,0 +1,133 @@
+// Attention of a tile of queries over one KV head.
+//
+// Part of generic-inl.h, which includes it.
+#pragma once
+
+namespace phi4edge {
+namespace {
+
+constexpr int kKeyBlock = 128;  // keys whose scores are held at once; blocks start at multiples of it, so that a query's
+                                // result does not depend on how the prompt was cut
+
+// Scores of one key block: scores[query][key] = q . k
+template <class E>
+PHI4EDGE_INLINE void key_scores(const AttentionTask& task, int64_t first_key, int n_keys, float* scores) {
+  const int64_t line = kPanelRows * sizeof(typename E::Block), panel_bytes = line * task.head_dim;
+  const auto* keys = static_cast<const uint8_t*>(task.keys) + first_key / kPanelRows * panel_bytes;
+  constexpr int R = V::kTileParts;
+  const int n_parts = (n_keys + V::kRows - 1) / V::kRows;
+  for_token_tiles<V::kTileTokens>(task.n_queries, [&](auto tile, int64_t first) {
+    constexpr int T = tile.value;
+    const auto run = [&](auto registers, int part) {
+      constexpr int N = registers.value;
+      typename V::Floats acc[N][T];
+      for (int r = 0; r < N; ++r) {
+        for (int t = 0; t < T; ++t) acc[r][t] = V::set1(0.0f);
+      }
+      const uint8_t* w = keys + part / kParts * panel_bytes + part % kParts * V::kRows * int(sizeof(typename E::Block));
+      float_tile<E, N, T>(w, line, panel_bytes, task.head_dim, task.queries + first * task.query_stride, task.query_stride,
+                          acc);
+      for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < N; ++r) V::store(scores + (first + t) * kKeyBlock + (part + r) * V::kRows, acc[r][t]);
+      }
+    };
+    // Several registers at a time only where they start a panel, or are whole panels.
+    int part = 0;
+    if constexpr (R % kParts == 0) {
+      for (; part + R <= n_parts; part += R) run(Index<R>{}, part);
+    }
+    for (; part < n_parts; ++part) run(Index<1>{}, part);
+  });
+}
+
+// out[query][dim] += sum over keys of weight[query][key] * value[key][dim]
+template <class E>
+PHI4EDGE_INLINE void add_values(const AttentionTask& task, int64_t first_key, int n_keys, const float* weights, float* out) {
+  const int64_t line = task.value_dim * int64_t(sizeof(typename E::Block)),
+                panel_bytes = kPanelRows * sizeof(typename E::Block);
+  const auto* values = static_cast<const uint8_t*>(task.values) + first_key * line;
+  constexpr int R = V::kTileParts;
+  const int n_parts = task.value_dim / V::kRows;
+  for_token_tiles<V::kTileTokens>(task.n_queries, [&](auto tile, int64_t first) {
+    constexpr int T = tile.value;
+    const auto run = [&](auto registers, int part) {
+      constexpr int N = registers.value;
+      typename V::Floats acc[N][T];
+      float* to = out + first * task.value_dim + part * V::kRows;
+      for (int r = 0; r < N; ++r) {
+        for (int t = 0; t < T; ++t) acc[r][t] = V::load(to + t * task.value_dim + r * V::kRows);
+      }
+      const uint8_t* w = values + part / kParts * panel_bytes + part % kParts * V::kRows * int(sizeof(typename E::Block));
+      float_tile<E, N, T>(w, line, panel_bytes, n_keys, weights + first * kKeyBlock, kKeyBlock, acc);
+      for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < N; ++r) V::store(to + t * task.value_dim + r * V::kRows, acc[r][t]);
+      }
+    };
+    int part = 0;
+    if constexpr (R % kParts == 0) {
+      for (; part + R <= n_parts; part += R) run(Index<R>{}, part);
+    }
+    for (; part < n_parts; ++part) run(Index<1>{}, part);
+  });
+}
+
+// Softmax with a running maximum (Milakov and Gimelshein, 2018), so that no full row of scores is ever held.
+template <class E>
+void attention(const AttentionTask& task) {
+  const int n = task.n_queries;
+  auto* scores = static_cast<float*>(task.scratch);  // [query][kKeyBlock]
+  float* acc = scores + n * kKeyBlock;               // [query][value_dim]
+  float *maximum = acc + n * task.value_dim, *sum = maximum + n;
+  constexpr float kNone = -3.0e38f;
+  int64_t first = task.first_key[0], last = task.last_key[0];
+  for (int i = 0; i < n; ++i) {
+    maximum[i] = kNone, sum[i] = 0;
+    first = task.first_key[i] < first ? task.first_key[i] : first;
+    last = task.last_key[i] > last ? task.last_key[i] : last;
+  }
+  std::memset(acc, 0, size_t(n) * task.value_dim * sizeof(float));
+  for (int64_t key0 = first / kKeyBlock * kKeyBlock; key0 <= last; key0 += kKeyBlock) {
+    const int n_keys = int(last - key0 + 1 < kKeyBlock ? last - key0 + 1 : kKeyBlock);
+    key_scores<E>(task, key0, n_keys, scores);
+    for (int i = 0; i < n; ++i) {
+      float* s = scores + i * kKeyBlock;
+      const int64_t from = task.first_key[i] - key0, to = task.last_key[i] - key0;  // visible: from .. to
+      const int padded = (n_keys + V::kRows - 1) / V::kRows * V::kRows;
+      for (int64_t k = 0; k < from && k < padded; ++k) s[k] = kNone;
+      for (int64_t k = to < 0 ? 0 : to + 1; k < padded; ++k) s[k] = kNone;
+      auto m = V::set1(maximum[i]);
+      for (int k = 0; k < padded; k += V::kRows) m = V::max(m, V::load(s + k));
+      const float new_maximum = V::reduce_max(m);
+      if (new_maximum == kNone) {  // nothing visible yet
+        std::memset(s, 0, size_t(padded) * sizeof(float));
+        continue;
+      }
+      if (new_maximum > maximum[i]) {
+        alignas(64) float lane[V::kRows];
+        V::store(lane, exp(V::set1(maximum[i] - new_maximum)));
+        const float factor = maximum[i] == kNone ? 0.0f : lane[0];
+        sum[i] *= factor;
+        float* row = acc + i * task.value_dim;
+        for (int d = 0; d < task.value_dim; ++d) row[d] *= factor;
+        maximum[i] = new_maximum;
+      }
+      auto total = V::set1(0.0f);
+      for (int k = 0; k < padded; k += V::kRows) {
+        const auto p = exp(V::sub(V::load(s + k), V::set1(new_maximum)));
+        V::store(s + k, p);
+      }
+      for (int64_t k = 0; k < from && k < padded; ++k) s[k] = 0;  // exp() does not reach zero
+      for (int64_t k = to < 0 ? 0 : to + 1; k < padded; ++k) s[k] = 0;
+      for (int k = 0; k < padded; k += V::kRows) total = V::add(total, V::load(s + k));
+      sum[i] += V::reduce_sum(total);
+    }
+    add_values<E>(task, key0, n_keys, scores, acc);
+  }
+  for (int i = 0; i < n; ++i) {
+    const float inverse = 1.0f / sum[i];
+    for (int d = 0; d < task.head_dim; ++d) task.out[i * task.out_stride + d] = acc[i * task.value_dim + d] * inverse;
+  }
+}
+
+}  // namespace
+}  // namespace phi4edge

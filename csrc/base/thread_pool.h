@@ -65,9 +65,9 @@ class ThreadPool {
   const bool spins_;   // there is a core for each thread
   SpinBarrier barrier_;
   std::vector<std::thread> threads_;
-  std::mutex run_mutex_;  // held by the caller of run()
+  std::mutex run_mutex_;                   // held by the caller of run()
   std::atomic<std::thread::id> runner_{};  // who that is
-  std::mutex mutex_;      // for sleeping and waking only, and for error_
+  std::mutex mutex_;                       // for sleeping and waking only, and for error_
   std::unique_ptr<Signals> signals_;
   const std::function<void(int)>* work_ = nullptr;  // written before generation_, read after it
   std::exception_ptr error_;

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
 from gguf_builder import KEYS, TENSORS, VALUE_TYPES, Built, Key, Tensor, build, reference, sample
@@ -112,7 +113,6 @@ def test_every_ggml_type_has_the_size_that_the_gguf_package_gives_it(tmp_path: P
 
 
 def test_a_file_of_the_gguf_writer(tmp_path: Path) -> None:
-    np = pytest.importorskip("numpy")
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "demo")
     writer.add_custom_alignment(128)

@@ -386,6 +386,17 @@ void bind_config(py::module_& m) {
   m.def("require_memory", &require_memory, "need"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
 }
 
+py::dict input_squares(Session& session) {
+  py::dict dict;
+  for (const InputSquares::Entry& entry : session.input_squares()) {
+    for (const std::string& name : entry.tensors) {
+      dict[to_str(name)] =
+          py::make_tuple(py::array_t<double>(py::ssize_t(entry.sums.size()), entry.sums.data()), entry.n_tokens);
+    }
+  }
+  return dict;
+}
+
 void bind_decoder(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights in memory, shared by sessions.")
       .def(py::init([](const gguf::File& file, int n_threads, const std::string& isa, const py::object& progress) {
@@ -433,6 +444,11 @@ void bind_decoder(py::module_& m) {
           "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
       .def("truncate", &Session::truncate, "n_tokens"_a)
       .def("n_reusable", &Session::n_reusable, "n_tokens"_a)
+      .def("collect_input_squares", &Session::collect_input_squares, "enabled"_a,
+           "Starts at zero, or stops; see input_squares().")
+      .def("input_squares", &input_squares,
+           "For each weight matrix by its GGUF name: the sums over tokens of its squared inputs, float64[n_columns], and the "
+           "number of tokens.")
       .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
       .def_property_readonly("n_tokens", &Session::n_tokens)
       .def_property_readonly("n_context", &Session::n_context)

@@ -376,6 +376,16 @@ void Reader::check_tensors() const {
 
 }  // namespace
 
+std::span<const TensorSpec> LayerLayout::product(Product product) const {
+  switch (product) {
+    case Product::kQkv: return qkv;
+    case Product::kAttentionOutput: return {&attention_output, 1};
+    case Product::kGateUp: return gate_up;
+    case Product::kDown: return {&down, 1};
+  }
+  return {};
+}
+
 std::vector<const TensorSpec*> TensorLayout::all() const {
   std::vector<const TensorSpec*> specs = {&embedding, &output_norm};
   if (head) specs.push_back(&*head);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -40,10 +41,16 @@ struct TensorSpec {
   std::string because;
 };
 
+// The matrix products of a layer; each has one input.
+enum class Product { kQkv, kAttentionOutput, kGateUp, kDown };
+inline constexpr Product kProducts[] = {Product::kQkv, Product::kAttentionOutput, Product::kGateUp, Product::kDown};
+
 struct LayerLayout {
   TensorSpec attention_norm, ffn_norm, attention_output, down;
   std::vector<TensorSpec> qkv;      // one fused tensor, or q, k, v: whichever the file has
   std::vector<TensorSpec> gate_up;  // one fused tensor, or gate, up
+
+  std::span<const TensorSpec> product(Product product) const;  // the tensors whose rows are stacked in the output
 };
 
 // Every weight of a decoder in this file, with the shape that the config asks for.

@@ -13,7 +13,7 @@ namespace phi4edge {
 namespace {
 
 constexpr int64_t kQueryTokens = 8;                       // tokens whose queries meet a KV head together
-constexpr size_t kLoopsPerLayer = 16, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
+constexpr size_t kLoopsPerLayer = 20, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
 
 int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -52,6 +52,7 @@ size_t attention_scratch(const KernelTable& kernels, const ModelConfig& config, 
 Model::Model(const gguf::File& file, int n_threads, const std::string& isa, const LoadProgress& progress)
     : kernels_(select_kernels(isa)),
       config_(read_config(file)),
+      layout_(tensor_layout(file, config_)),
       pool_(n_threads),
       weights_(load_weights(file, config_, pool_, progress)) {}
 
@@ -132,6 +133,17 @@ void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor whi
   compute(n_before, which, logits, progress);
 }
 
+void Session::collect_input_squares(bool enabled) {
+  const OneAtATime guard(in_use_);
+  if (enabled) squares_ = std::make_unique<InputSquares>(model_->layout());
+  wants_squares_ = enabled;
+}
+
+std::vector<InputSquares::Entry> Session::input_squares() {
+  const OneAtATime guard(in_use_);
+  return squares_ ? squares_->entries() : std::vector<InputSquares::Entry>();
+}
+
 void Session::truncate(int64_t n_tokens) {
   const OneAtATime guard(in_use_);
   if (n_tokens < 0 || n_tokens > this->n_tokens()) {
@@ -164,6 +176,7 @@ void Session::compute(int64_t n_before, LogitsFor which, float* logits, const Fo
       const int64_t batch = std::min(kBatch, limit - first);
       const bool last = first + batch == n;
       const LogitsFor wanted = first < n_before || (which == LogitsFor::kLast && !last) ? LogitsFor::kNone : which;
+      active_squares_ = wants_squares_ && first >= n_before ? squares_.get() : nullptr;
       forward(first, batch, wanted, wanted == LogitsFor::kNone ? nullptr : logits + n_logits * config().vocab_size);
       if (wanted == LogitsFor::kAll) n_logits += batch;
       first += batch;
@@ -228,9 +241,7 @@ void Session::embed(Worker& worker, int64_t first, int64_t n) {
 }
 
 bool Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n) {
-  const ModelConfig& c = config();
   const LayerWeights& w = model_->weights().layers[size_t(layer)];
-  const KernelTable& kernels = model_->kernels();
   const float* pending = layer == 0 ? nullptr : delta_.get();  // what the layer before has still to add
 
   if (layer == 0) worker.wait();  // for the embeddings
@@ -238,30 +249,38 @@ bool Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n)
   normalize(worker, pending, w.attention_norm, 0, n);
   worker.wait();
   if (stop_.load()) return false;  // written before the barrier: all threads leave together
-  const int64_t qkv_dim = q_dim_ + 2 * kv_dim_;
-  matmul(worker, kernels, w.qkv, activations_.view(n, c.hidden_size, normed_.get(), c.hidden_size), qkv_.get(), qkv_dim);
+  project(worker, layer, Product::kQkv, normed_.get(), n, qkv_.get());
   worker.wait();
   store_keys_and_values(worker, layer, first, n);
   worker.wait();
   attend(worker, layer, first, n);
   worker.wait();
   worker.share(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) activations_.quantize(attention_.get() + t * q_dim_, t, n, q_dim_, kernels);
+    for (int64_t t = begin; t < end; ++t) activations_.quantize(attention_.get() + t * q_dim_, t, n, q_dim_, model_->kernels());
   });
   worker.wait();
-  matmul(worker, kernels, {&w.attention_output, 1}, activations_.view(n, q_dim_, attention_.get(), q_dim_), delta_.get(),
-         c.hidden_size);
+  project(worker, layer, Product::kAttentionOutput, attention_.get(), n, delta_.get());
   worker.wait();
   normalize(worker, delta_.get(), w.ffn_norm, 0, n);
   worker.wait();
-  matmul(worker, kernels, w.gate_up, activations_.view(n, c.hidden_size, normed_.get(), c.hidden_size), gate_up_.get(),
-         2 * c.ffn_size);
+  project(worker, layer, Product::kGateUp, normed_.get(), n, gate_up_.get());
   worker.wait();
   multiply_gate(worker, n);
   worker.wait();
-  matmul(worker, kernels, {&w.down, 1}, activations_.view(n, c.ffn_size, ffn_.get(), c.ffn_size), delta_.get(), c.hidden_size);
+  project(worker, layer, Product::kDown, ffn_.get(), n, delta_.get());
   worker.wait();
   return true;
+}
+
+// One of the layer's four products: out[token] = W x[token], x being quantised already.
+void Session::project(Worker& worker, int64_t layer, Product product, const float* x, int64_t n, float* out) {
+  const LayerWeights& w = model_->weights().layers[size_t(layer)];
+  const std::span<const PanelMatrix> matrices = w.product(product);
+  int64_t n_rows = 0;
+  for (const PanelMatrix& matrix : matrices) n_rows += matrix.n_rows;
+  const int64_t n_columns = matrices.front().n_columns;
+  if (active_squares_) active_squares_->add(worker, active_squares_->at(layer, product), x, n);
+  matmul(worker, model_->kernels(), matrices, activations_.view(n, n_columns, x, n_columns), out, n_rows);
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.
@@ -349,6 +368,7 @@ void Session::run_head(Worker& worker, int64_t n, LogitsFor which, float* logits
   const int64_t first = which == LogitsFor::kLast ? n - 1 : 0;
   normalize(worker, delta_.get(), w.output_norm, first, n);
   worker.wait();
+  if (active_squares_) active_squares_->add(worker, active_squares_->at_head(), normed_.get(), n - first);
   matmul(worker, model_->kernels(), {&w.output_head(), 1},
          activations_.view(n - first, c.hidden_size, normed_.get(), c.hidden_size), logits, c.vocab_size);
 }

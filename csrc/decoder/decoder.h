@@ -12,6 +12,7 @@
 
 #include "base/thread_pool.h"
 #include "decoder/config.h"
+#include "decoder/input_squares.h"
 #include "decoder/kv_cache.h"
 #include "decoder/memory.h"
 #include "decoder/ops.h"
@@ -27,6 +28,7 @@ class Model {
   Model(const gguf::File& file, int n_threads, const std::string& isa, const LoadProgress& progress);
 
   const ModelConfig& config() const { return config_; }
+  const TensorLayout& layout() const { return layout_; }
   const Weights& weights() const { return weights_; }
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
@@ -34,6 +36,7 @@ class Model {
  private:
   const KernelTable& kernels_;
   ModelConfig config_;
+  TensorLayout layout_;
   ThreadPool pool_;
   Weights weights_;
 };
@@ -62,6 +65,11 @@ class Session {
   int64_t n_reusable(int64_t n_tokens) const { return uses_long_factors(n_tokens) == cached_long_ ? n_cached_ : 0; }
   void cancel() { cancelled_.store(true); }  // from any thread; ends the extend() that is running
 
+  // Starts sums of squares of every matrix's inputs at zero, or stops adding to them.  Tokens that are computed again count
+  // once; a call that was cancelled has added a part of its tokens.
+  void collect_input_squares(bool enabled);
+  std::vector<InputSquares::Entry> input_squares();  // empty before the first collect_input_squares(true)
+
   int64_t n_tokens() const { return int64_t(inputs_.size()); }
   int64_t n_context() const { return n_context_; }
   size_t kv_bytes() const { return cache_.n_bytes(); }
@@ -81,6 +89,7 @@ class Session {
   void drop_inputs(int64_t n_kept);
   void forward(int64_t first, int64_t n, LogitsFor which, float* logits);
   bool run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);  // false: told to stop
+  void project(Worker& worker, int64_t layer, Product product, const float* x, int64_t n, float* out);
   void run_head(Worker& worker, int64_t n, LogitsFor which, float* logits);
   void embed(Worker& worker, int64_t first, int64_t n);
   void normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n);
@@ -105,6 +114,10 @@ class Session {
   ActivationBuffer activations_;
   std::vector<AlignedArray<uint8_t>> thread_scratch_;
   WorkCounters counters_;
+
+  std::unique_ptr<InputSquares> squares_;
+  bool wants_squares_ = false;
+  InputSquares* active_squares_ = nullptr;  // of this batch
 
   std::atomic<bool> in_use_{false};
   std::atomic<bool> cancelled_{false};

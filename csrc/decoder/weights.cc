@@ -200,6 +200,16 @@ void visit_matrices(const TensorLayout& layout, Weights& weights, const Visit& v
 
 }  // namespace
 
+std::span<const PanelMatrix> LayerWeights::product(Product product) const {
+  switch (product) {
+    case Product::kQkv: return qkv;
+    case Product::kAttentionOutput: return {&attention_output, 1};
+    case Product::kGateUp: return gate_up;
+    case Product::kDown: return {&down, 1};
+  }
+  return {};
+}
+
 size_t Weights::n_bytes() const {
   size_t total = embedding.n_bytes() + head.n_bytes() + output_norm.size() * sizeof(float);
   for (const LayerWeights& layer : layers) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "base/aligned.h"
@@ -30,6 +31,8 @@ struct LayerWeights {
   PanelMatrix attention_output;
   std::vector<PanelMatrix> gate_up;  // one fused matrix, or gate, up; stacked rows are always gate, then up
   PanelMatrix down;
+
+  std::span<const PanelMatrix> product(Product product) const;
 };
 
 struct Weights {

@@ -112,6 +112,10 @@ def write_backbone(
             importance = (
                 imatrix.importance(f"{assignment.target}.weight", n_columns) if imatrix and n_rows > 1 else None
             )
+            if merge is not None and (pair := merge.modules.get(assignment.target)) is not None:
+                source_hash.update(f"+ {pair.scale!r} * {pair.b.name} @ {pair.a.name}\n".encode())
+                for tensor in (pair.a, pair.b):
+                    source_hash.update(merge.raw(tensor, 0, tensor.shape[0]))
             for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
                 progress(source.name, done, total)
                 raw = checkpoint.raw(source, first, n_piece)

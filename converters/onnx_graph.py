@@ -21,7 +21,7 @@ from phi4edge.converters.onnx_weights import Weight
 from phi4edge.errors import BundleError
 
 PRECISIONS = ("fp32", "fp16", "int8")
-OPSET = 17
+_OPSETS = {"": 17, "com.microsoft": 1}
 IR_VERSION = 8
 LARGEST_FILE = (1 << 31) - 1  # bytes; protobuf reads no more
 
@@ -80,14 +80,14 @@ class Graph:
         self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self._outputs.append(_value_info(name, dtype, shape))
 
-    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        """A node with one output."""
-        return self.ops(op_type, *inputs, n_outputs=1, **attributes)[0]
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """A node with one output.  domain: "" for the standard, or "com.microsoft"."""
+        return self.ops(op_type, *inputs, n_outputs=1, domain=domain, **attributes)[0]
 
-    def ops(self, op_type: str, *inputs: str, n_outputs: int, **attributes: Any) -> list[str]:
+    def ops(self, op_type: str, *inputs: str, n_outputs: int, domain: str = "", **attributes: Any) -> list[str]:
         name = f"{op_type}_{len(self._nodes)}"
         outputs = [name] if n_outputs == 1 else [f"{name}.{index}" for index in range(n_outputs)]
-        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=name, **attributes))
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs
 
     def constant(self, value: npt.ArrayLike, dtype: type[np.generic] = np.float32) -> str:
@@ -131,10 +131,11 @@ class Graph:
     def write(self, path: Path, metadata: Mapping[str, str]) -> HashedFile:
         """Writes the model.  BundleError when it would be larger than protobuf can be."""
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs)
+        domains = sorted({"", *(node.domain for node in self._nodes)})
         model = onnx.ModelProto(
             ir_version=IR_VERSION,
             producer_name="phi4edge",
-            opset_import=[helper.make_opsetid("", OPSET)],
+            opset_import=[helper.make_opsetid(domain, _OPSETS[domain]) for domain in domains],
         )
         helper.set_model_props(model, dict(metadata))
         start, nodes = model.SerializeToString(deterministic=True), graph.SerializeToString(deterministic=True)

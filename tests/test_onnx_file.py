@@ -118,6 +118,10 @@ def _deep_type(model: Any) -> None:
     kind.tensor_type.elem_type = 1
 
 
+def _negative_axis(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+
+
 def _twice(message: str) -> Callable[[Any], None]:
     """Appends a copy of the last of a repeated message."""
 
@@ -172,6 +176,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "metadata twice": (_twice("metadata_props"), "comes twice"),
     "initializer named as an input": (_initializer(name="pixel_values", dims=[0]), "comes twice"),
     "initializer without a name": (_initializer(name="", dims=[0]), "empty"),
+    "negative axis of an input": (_negative_axis, "impossible"),
     "too few bytes": (_initializer(dims=[3], raw_data=bytes(11)), "takes 12"),
     "too few values": (_initializer(dims=[3], float_data=[1, 2]), "takes 3"),
     "values in another type's list": (_initializer(dims=[2], raw_data=bytes(8), int32_data=[1, 2]), "twice"),
@@ -220,9 +225,17 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
     "two versions": (lambda: model_bytes() + b"\x08\x08", "ir_version of a model comes twice"),
     "newer field": (lambda: model_bytes() + field(15, b""), "field 15"),
     "name that is not UTF-8": (lambda: model_bytes() + field(4, b"\xff"), "UTF-8"),
+    "axis with a length and a name": (
+        lambda: (
+            HEADER + field(7, field(11, field(2, field(1, b"\x08\x01" + field(2, field(1, b"\x08\x02\x12\x01n"))))))
+        ),
+        "impossible",
+    ),
+    "float that is cut": (lambda: HEADER + field(7, field(1, field(5, b"\x15\0\0") + field(4, b"Add"))), "is cut"),
+    "floats of 7 bytes": (lambda: HEADER + field(7, field(5, field(4, bytes(7)))), "7 bytes"),
     # What would take much memory or time if it were read as it comes.
-    "many fields": (lambda: HEADER + field(7, field(1, b"") * 200_000), "more than 150000 fields"),
-    "many values": (lambda: HEADER + field(7, field(5, field(1, bytes(60_000)) * 10)), "more than 150000 fields"),
+    "many fields": (lambda: HEADER + field(7, field(1, b"") * 110_000), "more than 100000 fields"),
+    "many values": (lambda: HEADER + field(7, field(5, field(1, bytes(60_000)) * 2)), "more than 100000 fields"),
     "long list": (lambda: HEADER + field(7, field(5, field(7, bytes(100_000)))), "a list of ints has 100000 bytes"),
     "much text": (lambda: HEADER + field(7, field(1, field(1, bytes(16_000)) * 3000)), "all have more than"),
 }

@@ -168,7 +168,7 @@ class Graph:
 
         A few channels of a transformer are 20 to 50 times as large as the others, which would get two or three bits.
         Both the scale and the choice of channels are those of the whole of x.  Scales of rows or blocks of x, or
-        MatMulNBits, are about as exact and slower.  The order of the nodes is one that onnxruntime fuses, bias included.
+        MatMulNBits, are about as exact and slower.  Onnxruntime fuses the nodes in this order, bias included.
         """
         matrix, scale = self._int8_matrix(weight)
         n_in = weight.shape[1]

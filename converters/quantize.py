@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from phi4edge import _core
 from phi4edge.bundle import backbone_of
-from phi4edge.converters.backbone import encode
 from phi4edge.converters.checkpoint import row_pieces
+from phi4edge.converters.encode import VALUES_AT_ONCE, encode, require_fitting
 from phi4edge.converters.files import HashedFile, Progress, hashed_file
 from phi4edge.converters.gguf_raw import FLOATS, GgufRows, NewTensor, dequantize, entry, header, n_rows_of
 from phi4edge.converters.imatrix import Imatrix
@@ -24,8 +24,6 @@ from phi4edge.converters.mixes import HEAD_TYPES, MIXES, fitting_type
 from phi4edge.converters.new_file import new_file, require_writable
 from phi4edge.errors import BundleError, UsageError
 
-_VALUES_AT_ONCE = 4 << 20
-_LARGEST_HALF = 65504.0
 _OF_SHARDS = ("split.no", "split.count", "split.tensors.count")
 _LAYER_MATRIX = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # With four query heads or more for a key head, values are few and worth more bits: mix -> type, as llama.cpp has it.
@@ -171,25 +169,16 @@ def _write_tensors(
     done, total = 0, sum(step.source.n_bytes for step in steps)
     for step in steps:
         n_columns, n_rows = step.source.shape[0], n_rows_of(step.source.shape)
-        for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+        for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
             progress(step.source.name, done, total)
             raw = rows.raw(step.source, first, n_piece)
             values = dequantize(raw, step.source, n_piece)
-            _require_fitting(values, step, rows)
+            checked = "F32" if step.is_copy else step.target.type_name
+            require_fitting(values, checked, Path(rows.paths[step.source.shard]), step.source.name)
             output.write(raw if step.is_copy else encode(values, step.target.type_name, n_threads, step.importance))
             done += len(raw)
         output.pad(rows.alignment)
     progress("", done, total)
-
-
-def _require_fitting(values: npt.NDArray[np.float32], step: _Step, rows: GgufRows) -> None:
-    low, high = float(values.min()), float(values.max())
-    where = {"path": str(rows.paths[step.source.shard]), "field": f"tensor '{step.source.name}'"}
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise BundleError("has a NaN or an infinity", **where, hint="download the file again, or convert it again")
-    if not step.is_copy and step.target.type_name not in ("F32", "BF16") and max(-low, high) > _LARGEST_HALF:
-        problem = f"has a weight of {max(-low, high):.3g}, too large for {step.target.type_name}"
-        raise BundleError(problem, **where, hint="use bf16")
 
 
 def _by_type(steps: Sequence[_Step]) -> dict[str, tuple[int, int]]:

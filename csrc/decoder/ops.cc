@@ -43,7 +43,7 @@ Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const fl
 }
 
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
-            int64_t out_stride) {
+            int64_t out_stride, Store store) {
   int64_t first_row = 0;
   for (const PanelMatrix& matrix : matrices) {
     if (x.n_columns != matrix.n_columns) {
@@ -59,7 +59,7 @@ void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMat
       const int64_t row = begin * kPanelRows;
       kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
               std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + first_row + row, out_stride,
-              worker.scratch});
+              store == Store::kAdd, worker.scratch});
     });
     first_row += matrix.n_rows;
   }

@@ -11,7 +11,8 @@
 
 #include "base/aligned.h"
 #include "base/thread_pool.h"
-#include "decoder/weights.h"
+#include "decoder/config.h"
+#include "decoder/panels.h"
 #include "kernels/kernels.h"
 
 namespace phi4edge {
@@ -66,9 +67,11 @@ class ActivationBuffer {
   AlignedArray<float> scales_, neg_sums32_;
 };
 
+enum class Store { kSet, kAdd };
+
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
-            int64_t out_stride);
+            int64_t out_stride, Store store = Store::kSet);
 
 // out = x / sqrt(mean(x^2) + epsilon) * weight
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);

@@ -160,6 +160,7 @@ Adapter::Adapter(std::shared_ptr<Model> model, const gguf::File& file, uint64_t 
     update.parts.push_back({target.first_row, alpha / double(target.a->n_rows())});
     n_bytes_ += update.a.back().n_bytes() + update.b.back().n_bytes();
     max_total_rank_ = std::max(max_total_rank_, update.total_rank());
+    max_parts_ = std::max(max_parts_, update.parts.size());
     max_scale_ = std::max(max_scale_, update.parts.back().scale);
   }
   if (max_scale_ > double(std::numeric_limits<float>::max())) {

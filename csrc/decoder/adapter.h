@@ -40,7 +40,8 @@ class Adapter {
   const LowRankUpdate* update(int64_t layer, Product product) const;
 
   int64_t max_total_rank() const { return max_total_rank_; }  // of all updates
-  double max_scale() const { return max_scale_; }             // the largest alpha / rank
+  size_t max_parts() const { return max_parts_; }
+  double max_scale() const { return max_scale_; }  // the largest alpha / rank
   size_t n_bytes() const { return n_bytes_; }
 
  private:
@@ -48,6 +49,7 @@ class Adapter {
   uint64_t id_;
   std::vector<LowRankUpdate> updates_;  // [layer][product]
   int64_t max_total_rank_ = 0;
+  size_t max_parts_ = 0;
   double max_scale_ = 0.0;
   size_t n_bytes_ = 0;
 };

@@ -150,7 +150,9 @@ void Session::set_adapter(std::shared_ptr<const Adapter> adapter, double scale) 
   if (std::abs(scale) * adapter->max_scale() > double(std::numeric_limits<float>::max())) {
     throw InputError(text("the scale ", scale, " of the adapter is too large"));
   }
-  if (adapter->max_total_rank() > low_rank_.max_total_rank()) low_rank_ = LowRank(kBatch, adapter->max_total_rank());
+  if (!low_rank_.fits(*adapter)) {
+    low_rank_ = LowRank(kBatch, adapter->max_total_rank(), adapter->max_parts(), model_->pool().size());
+  }
   adapter_ = std::move(adapter);
   adapter_scale_ = scale;
 }
@@ -306,16 +308,11 @@ void Session::project(Worker& worker, int64_t layer, Product product, const floa
   const LowRankUpdate* update = adapter_ ? adapter_->update(layer, product) : nullptr;
 
   if (active_squares_) active_squares_->add(worker, active_squares_->at(layer, product), x, n);
-  if (update) {
-    low_rank_.multiply_a(worker, kernels, *update, input);
-    worker.wait();
-    low_rank_.prepare(worker, kernels, *update, n, adapter_scale_);
-  }
+  if (update) low_rank_.multiply_a(worker, kernels, *update, input);
   matmul(worker, kernels, matrices, input, out, n_rows);
-  if (update) {
-    worker.wait();
-    low_rank_.add_b(worker, kernels, *update, n, out, n_rows);
-  }
+  if (!update) return;
+  worker.wait();
+  low_rank_.add_b(worker, kernels, *update, n, adapter_scale_, out, n_rows);
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.

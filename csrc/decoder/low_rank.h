@@ -1,7 +1,6 @@
-// The products of a LowRankUpdate, in three steps of a forward pass with a barrier after each:
-//   multiply_a   hidden = A x            x is quantised already, for the model's own product
-//   prepare      hidden *= scale, and quantised where B wants it
-//   add_b        out += B hidden
+// The products of a LowRankUpdate, in two steps of a forward pass with a barrier between:
+//   multiply_a   hidden = A x                x is quantised already, for the model's own product
+//   add_b        out += scale * B hidden     after that product
 #pragma once
 
 #include <cstdint>
@@ -17,22 +16,21 @@ namespace phi4edge {
 class LowRank {
  public:
   LowRank() = default;
-  // For updates of that total rank at most.
-  LowRank(int64_t max_tokens, int64_t max_total_rank);
+  // For updates of that total rank and number of parts at most.
+  LowRank(int64_t max_tokens, int64_t max_total_rank, size_t max_parts, int n_threads);
 
-  int64_t max_total_rank() const { return max_total_rank_; }
+  bool fits(const Adapter& adapter) const;
 
   void multiply_a(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Activations& x);
-  void prepare(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale);
-  void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, float* out,
-             int64_t out_stride);
+  void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale,
+             float* out, int64_t out_stride);
 
  private:
-  static constexpr size_t kMaxParts = 3;  // Q, K and V
-
   int64_t max_total_rank_ = 0;
-  AlignedArray<float> hidden_;               // [token][total rank of the update]
-  std::vector<ActivationBuffer> quantized_;  // of each part
+  size_t max_parts_ = 0;
+  AlignedArray<float> hidden_;  // [token][total rank of the update]
+  // [thread][part].  Each thread quantises all of `hidden` for itself: that is less work than waiting for the others.
+  std::vector<std::vector<ActivationBuffer>> quantized_;
 };
 
 }  // namespace phi4edge

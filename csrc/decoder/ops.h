@@ -67,11 +67,12 @@ class ActivationBuffer {
   AlignedArray<float> scales_, neg_sums32_;
 };
 
-enum class Store { kSet, kAdd };
-
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
-            int64_t out_stride, Store store = Store::kSet);
+            int64_t out_stride);
+// out[token][row] += factor * product
+void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
+                 float* out, int64_t out_stride);
 
 // out = x / sqrt(mean(x^2) + epsilon) * weight
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);

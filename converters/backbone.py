@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -17,13 +15,17 @@ from gguf import GGMLQuantizationType
 
 from phi4edge import _core
 from phi4edge.converters.checkpoint import Checkpoint, SourceTensor, row_pieces, to_float32
+from phi4edge.converters.files import Progress, Written, hashed_file
 from phi4edge.converters.mixes import MIXES, fitting_type
 from phi4edge.converters.variants import Assignment, BackboneConfig, Variant, match_tensors, read_config
 from phi4edge.converters.vocabulary import Vocabulary, read_vocabulary
-from phi4edge.errors import BundleError, UnsupportedError
+from phi4edge.errors import BundleError
+
+if TYPE_CHECKING:
+    from phi4edge.converters.adapters import Adapter
+    from phi4edge.converters.imatrix import Imatrix
 
 Array = npt.NDArray[np.float32]
-Progress = Callable[[str, int, int], None]  # (name of the tensor, bytes of the source done, bytes in all)
 
 _VALUES_AT_ONCE = 4 << 20
 _LARGEST_HALF = 65504.0
@@ -38,13 +40,16 @@ class BackbonePlan:
     config: BackboneConfig
     vocabulary: Vocabulary
     tensors: list[tuple[Assignment, SourceTensor, str]]  # the last is the type it will have
-    unused: Mapping[str, list[str]]  # reason -> names
     file_type: int
 
     @property
     def n_bytes(self) -> int:
         """Of the weights in the new file."""
         return sum(_n_bytes(assignment.shape, type_name) for assignment, _, type_name in self.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(source.n_bytes for _, source, _ in self.tensors)
 
     def bytes_by_type(self) -> dict[str, tuple[int, int]]:
         """Type -> values and bytes, the largest first."""
@@ -55,43 +60,48 @@ class BackbonePlan:
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-@dataclass(frozen=True)
-class Written:
-    n_bytes: int
-    sha256: str
-    source_sha256: str  # of names, types, shapes and bytes of the tensors that were used
+def plan_backbone(checkpoint: Checkpoint, variant: Variant, mix_name: str, head: str = "") -> BackbonePlan:
+    """Checks everything but the values of the weights.  Raises BundleError, FileError.
 
-
-def plan_backbone(checkpoint: Checkpoint, variant: Variant, mix_name: str) -> BackbonePlan:
-    """Checks everything but the values of the weights.  Raises BundleError, FileError, UnsupportedError."""
+    head: type of the output matrix, which is the embedding too where the two are tied; empty takes the mix's.
+    """
     config = read_config(checkpoint)
-    pairs, unused = match_tensors(checkpoint, variant, config)
     mix = MIXES[mix_name]
+    if head:
+        mix = replace(mix, head=head)
     tensors = []
-    for assignment, source in pairs:
+    for assignment, source in match_tensors(checkpoint, variant, config):
         if len(assignment.shape) == 1:
             type_name = "F32"
         else:
             wanted = mix.type_of(assignment.role, assignment.layer, config.layers, tied=config.tied)
             type_name = fitting_type(wanted, assignment.shape[1])
         tensors.append((assignment, source, type_name))
-    for type_name in sorted({type_name for _, _, type_name in tensors}):
-        if not can_encode(type_name):
-            raise UnsupportedError(f"this build cannot quantize to {type_name}", hint="use q8_0, f16 or bf16")
     file_type = gguf.LlamaFileType["ALL_F32" if mix_name == "F32" else f"MOSTLY_{mix_name}"]
     vocabulary = read_vocabulary(checkpoint, config.vocab)
-    return BackbonePlan(variant, config, vocabulary, tensors, unused, int(file_type))
+    return BackbonePlan(variant, config, vocabulary, tensors, int(file_type))
 
 
 def write_backbone(
-    path: Path, checkpoint: Checkpoint, plan: BackbonePlan, *, n_threads: int, progress: Progress
+    path: Path,
+    checkpoint: Checkpoint,
+    plan: BackbonePlan,
+    *,
+    n_threads: int,
+    progress: Progress,
+    merge: Adapter | None = None,
+    imatrix: Imatrix | None = None,
 ) -> Written:
-    """Writes the file and syncs it.  BundleError names a tensor with a value that is not finite or does not fit."""
+    """Writes the file and syncs it.  BundleError names a tensor with a value that is not finite or does not fit.
+
+    merge: an adapter that is added to the weights before they are quantized.
+    """
     alignment = _write_header(path, plan)
-    source_hash, file_hash = hashlib.sha256(), hashlib.sha256(path.read_bytes())
-    done, total = 0, sum(source.n_bytes for _, source, _ in plan.tensors)
-    with path.open("ab") as file:
-        output = _HashedFile(file, file_hash, path.stat().st_size)
+    header = path.read_bytes()
+    source_hash = hashlib.sha256()
+    done, total = 0, plan.source_bytes
+    with hashed_file(path) as output:
+        output.write(header)
         for data in _rope_factors(plan.config).values():
             output.pad(alignment)
             output.write(data)
@@ -99,50 +109,36 @@ def write_backbone(
             output.pad(alignment)
             source_hash.update(f"{source.name} {source.dtype} {source.shape}\n".encode())
             n_rows, n_columns = assignment.shape if len(assignment.shape) == 2 else (1, assignment.shape[0])
+            importance = (
+                imatrix.importance(f"{assignment.target}.weight", n_columns) if imatrix and n_rows > 1 else None
+            )
+            if merge is not None and (pair := merge.modules.get(assignment.target)) is not None:
+                source_hash.update(f"+ {pair.scale!r} * {pair.b.name} @ {pair.a.name}\n".encode())
+                for tensor in (pair.a, pair.b):
+                    source_hash.update(merge.raw(tensor, 0, tensor.shape[0]))
             for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
                 progress(source.name, done, total)
                 raw = checkpoint.raw(source, first, n_piece)
                 source_hash.update(raw)
                 rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
+                if merge is not None and (delta := merge.delta(assignment.target, first, n_piece)) is not None:
+                    rows = rows + delta
                 _require_fitting(rows, type_name, source)
-                output.write(encode(rows, type_name, n_threads))
+                output.write(encode(rows, type_name, n_threads, importance))
                 done += len(raw)
         output.pad(alignment)
         progress("", done, total)
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(output.n_bytes, file_hash.hexdigest(), source_hash.hexdigest())
+    return Written(output.n_bytes, output.sha256, source_hash.hexdigest())
 
 
-def can_encode(type_name: str) -> bool:
-    return type_name in (*_NUMPY_TYPES, "Q8_0") or hasattr(_core, "quantize")
-
-
-def encode(rows: Array, type_name: str, n_threads: int) -> npt.NDArray[Any]:
-    """Rows of weights in one of the formats of GGUF."""
+def encode(rows: Array, type_name: str, n_threads: int, importance: Array | None = None) -> npt.NDArray[Any]:
+    """Rows of weights in one of the formats of GGUF; ``importance`` weighs the columns' errors, float32[n_columns]."""
     if type_name == "F32":
         return rows
     type_id = GGMLQuantizationType[type_name]
-    quantize = getattr(_core, "quantize", None)
-    if type_name in _NUMPY_TYPES or quantize is None:
+    if type_name in _NUMPY_TYPES:
         return np.asarray(gguf.quants.quantize(rows, type_id))
-    return np.asarray(quantize(int(type_id), rows, n_threads, importance=None))
-
-
-class _HashedFile:
-    def __init__(self, file: BinaryIO, digest: Any, n_bytes: int) -> None:
-        self._file = file
-        self._digest = digest
-        self.n_bytes = n_bytes
-
-    def write(self, data: npt.NDArray[Any] | bytes) -> None:
-        view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
-        self._file.write(view)
-        self._digest.update(view)
-        self.n_bytes += len(view)
-
-    def pad(self, alignment: int) -> None:
-        self.write(b"\0" * (-self.n_bytes % alignment))
+    return np.asarray(_core.quantize(int(type_id), rows, n_threads, importance=importance))
 
 
 def _write_header(path: Path, plan: BackbonePlan) -> int:

@@ -185,6 +185,11 @@ class Checkpoint:
         row_bytes = tensor.n_bytes // tensor.shape[0] if len(tensor.shape) > 1 else tensor.n_bytes
         return self._files[tensor.path].read(tensor.offset + first_row * row_bytes, n_rows * row_bytes)
 
+    def array(self, tensor: SourceTensor) -> npt.NDArray[np.float32]:
+        """All values of a tensor of a float type."""
+        raw = self._files[tensor.path].read(tensor.offset, tensor.n_bytes)
+        return to_float32(raw, tensor.dtype).reshape(tensor.shape)
+
     def _open_files(self) -> None:
         single, index = self.directory / SINGLE_FILE, self.directory / INDEX
         if single.exists():

@@ -1,225 +1,243 @@
-"""A checkpoint directory to a bundle directory, so that at any moment the old bundle or the new one is there, whole.
-
-A new part never takes the place of a part of the bundle that is there: it gets the other of two names.  Then the
-manifest is replaced, which is the one moment of change, and the old part goes.
-"""
+"""A checkpoint directory to a bundle directory."""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import phi4edge
-from phi4edge.bundle import BACKBONE, MANIFEST, UNFINISHED_PREFIX, Bundle, Manifest, Part
-from phi4edge.converters.backbone import BackbonePlan, Progress, Written, plan_backbone, write_backbone
+from phi4edge.bundle import ADAPTER_PREFIX, AUDIO, BACKBONE, VISION, Bundle, Manifest, Part
+from phi4edge.converters.backbone import BackbonePlan, plan_backbone, write_backbone
+from phi4edge.converters.bundle_writer import PlannedPart, require_target, write_bundle
 from phi4edge.converters.checkpoint import Checkpoint
-from phi4edge.converters.mixes import CONVERTIBLE
-from phi4edge.converters.variants import variant_of
-from phi4edge.errors import BundleError, DiskError, FileError, UsageError
+from phi4edge.converters.files import Progress, Written
+from phi4edge.converters.mixes import ADAPTER_TYPES, CONVERTIBLE, HEAD_TYPES, PRECISIONS
+from phi4edge.converters.processors import read_processors
+from phi4edge.converters.variants import BackboneConfig, Variant, lora_names, unused_tensors, variant_of
+from phi4edge.errors import UsageError
 
-_PART_NAMES = ("backbone.gguf", "backbone-2.gguf")
-_SPARE_BYTES = 1 << 20  # beside the weights: header, vocabulary, manifest
-_DISK_FAULTS = {getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EIO", "EFBIG")}
+if TYPE_CHECKING:
+    from phi4edge.converters.adapters import Adapter
+    from phi4edge.converters.imatrix import Imatrix
+
+SWITCHABLE, NONE, MERGED_PREFIX = "switchable", "none", "merged:"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of a checkpoint; UsageError when it makes no sense.
+
+    mix: a type mix of mixes.CONVERTIBLE, e.g. "Q4_K_M".
+    head: type of the output matrix, which is the embedding too where the two are tied; empty takes the mix's.
+    adapters: "switchable" (a file each), "merged:NAME" (added to the weights before they are quantized), or "none".
+    adapter_quant: type of adapter files.  user_adapters: name -> folder in PEFT's format.
+    encoders: "fp32", "fp16", "int8" or "none".
+    imatrix: an importance matrix for the backbone.
+    """
+
+    mix: str = "Q4_K_M"
+    head: str = ""
+    adapters: str = SWITCHABLE
+    adapter_quant: str = "Q8_0"
+    user_adapters: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    encoders: str = "int8"
+    imatrix: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mix", "head", "adapter_quant"):
+            object.__setattr__(self, name, getattr(self, name).upper())
+        for name, choices in (
+            ("mix", CONVERTIBLE),
+            ("head", ("", *HEAD_TYPES)),
+            ("adapter_quant", ADAPTER_TYPES),
+            ("encoders", (*PRECISIONS, NONE)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                what = {"mix": "type mix", "head": "type", "adapter_quant": "type of adapters", "encoders": "precision"}
+                shown = ", ".join(choice for choice in choices if choice).lower()
+                raise UsageError(f"'{value:.40}' is no {what[name]}", field="quant" if name == "mix" else name, hint=f"choose one of {shown}")
+        if self.adapters not in (SWITCHABLE, NONE) and not self.merged:
+            raise UsageError(
+                f"'{self.adapters:.60}' is not known", field="adapters", hint="choose switchable, merged:NAME or none"
+            )
+
+    @property
+    def merged(self) -> str:
+        """The name of the adapter that is merged, or nothing."""
+        return self.adapters.removeprefix(MERGED_PREFIX) if self.adapters.startswith(MERGED_PREFIX) else ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "quant": self.mix,
+            "head": self.head,
+            "adapters": self.adapters,
+            "adapter_quant": self.adapter_quant,
+            "encoders": self.encoders,
+            "imatrix": self.imatrix is not None,
+        }
 
 
 @dataclass(frozen=True)
 class Converted:
     bundle: Bundle
-    plan: BackbonePlan
+    unused: Mapping[str, list[str]]  # tensors of the checkpoint that are in no part, by the reason
 
 
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    mix: str,
+    mix: str = "Q4_K_M",
     *,
     force: bool = False,
     n_threads: int = 1,
     progress: Progress = lambda tensor, done, total: None,
+    **options: Any,
 ) -> Converted:
-    """Converts the backbone of a checkpoint with one of the type mixes ("Q4_K_M"); replaces a bundle only if ``force``.
+    """Converts a checkpoint; replaces a bundle only if ``force``.  ``options`` are those of :class:`Options`.
 
     Raises FileError, BundleError, UsageError, DiskError, UnsupportedError; then the target is as it was before.
     """
+    chosen = Options(mix, **options)
     root = Path(target)
-    mix = mix.upper()
-    if mix not in CONVERTIBLE:
-        raise UsageError(f"'{mix}' is no type mix", hint=f"choose one of {', '.join(CONVERTIBLE).lower()}")
-    with Checkpoint(source) as checkpoint:
-        old = _old_manifest(root, checkpoint.directory, force)
-        plan = plan_backbone(checkpoint, variant_of(checkpoint), mix)
-        with _disk_errors(root), _directory(root), _lock(root):
-            old = _old_manifest(root, checkpoint.directory, force)  # another writer may have been quicker
-            _sweep(root)
-            free = shutil.disk_usage(root).free
-            if free < plan.n_bytes + _SPARE_BYTES:
-                raise DiskError(f"{plan.n_bytes + _SPARE_BYTES} bytes are needed and {free} are free", path=str(root))
-            manifest = _write(root, checkpoint, plan, mix, old, n_threads, progress)
-    return Converted(Bundle(root, manifest), plan)
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint(source))
+        require_target(root, checkpoint.directory, force=force)
+        plan = _Planner(checkpoint, chosen, n_threads, opened)
+        parts = plan.parts()
+        bundle = write_bundle(root, checkpoint.directory, parts, plan.manifest, force=force, progress=progress)
+        return Converted(bundle, plan.unused)
 
 
-def _write(
-    root: Path,
-    checkpoint: Checkpoint,
-    plan: BackbonePlan,
-    mix: str,
-    old: Manifest | None,
-    n_threads: int,
-    progress: Progress,
-) -> Manifest:
-    old_names = {part.file for part in old.parts} if old else set()
-    with _temporary(root) as temporary:
-        written = write_backbone(temporary, checkpoint, plan, n_threads=n_threads, progress=progress)
-        name = next(name for name in _PART_NAMES if name not in old_names)
-        manifest = _manifest(plan, written, name, mix)
-        os.replace(temporary, root / name)  # noqa: PTH105
-    try:
-        with _temporary(root) as temporary:
-            with temporary.open("wb") as file:
-                file.write(manifest.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_directory(root)  # the part must be there before the manifest that names it
-            os.replace(temporary, root / MANIFEST)  # noqa: PTH105
-    except BaseException:
-        # Unless the manifest was already replaced when we were interrupted.
-        if not _names_part(root, name):
-            (root / name).unlink(missing_ok=True)
-        raise
-    _sync_directory(root)
-    for leftover in old_names - {name}:
-        (root / leftover).unlink(missing_ok=True)
-    return manifest
+class _Planner:
+    """Checks all that can be known before a weight is read."""
 
+    def __init__(self, checkpoint: Checkpoint, options: Options, n_threads: int, opened: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._n_threads = n_threads
+        self._variant: Variant = variant_of(checkpoint)
+        self._backbone: BackbonePlan = plan_backbone(checkpoint, self._variant, options.mix, options.head)
+        self.unused = unused_tensors(checkpoint, self._variant, self._backbone.config)
+        self._imatrix: Imatrix | None = None
+        if options.imatrix is not None:
+            from phi4edge.converters.imatrix import read_imatrix
 
-def _manifest(plan: BackbonePlan, written: Written, name: str, mix: str) -> Manifest:
-    n_values = sum(values for values, _ in plan.bytes_by_type().values())
-    details = {
-        "mix": mix,
-        "types": {type_name: n_bytes for type_name, (_, n_bytes) in plan.bytes_by_type().items()},
-        "bits_per_weight": round(8 * plan.n_bytes / n_values, 4),
-    }
-    provenance = {
-        "source_sha256": written.source_sha256,
-        "tool": f"phi4edge {phi4edge.__version__}",
-        "options": {"quant": mix},
-        "unused_tensors": {reason: len(names) for reason, names in plan.unused.items()},
-    }
-    part = Part(BACKBONE, name, written.n_bytes, written.sha256, details)
-    return Manifest(plan.variant.name, (part,), plan.variant.placeholders, provenance)
+            self._imatrix = read_imatrix(Path(options.imatrix))
+        self._adapters: dict[str, Adapter] = {}
+        if self._variant.is_multimodal or options.user_adapters or options.merged:
+            self._adapters = self._read_adapters(self._backbone.config, opened)
+        self._processors: dict[str, Any] = {}
 
+    def parts(self) -> list[PlannedPart]:
+        return [self._backbone_part(), *self._adapter_parts(), *self._encoder_parts()]
 
-def _old_manifest(root: Path, source: Path, force: bool) -> Manifest | None:
-    """The manifest that will be replaced.  UsageError when the target is something that must stay."""
-    if not root.exists() and not root.is_symlink():
-        if not root.absolute().parent.is_dir():
-            raise FileError("does not exist", path=str(root.absolute().parent), hint="make the directory first")
-        return None
-    if not root.is_dir():
-        raise UsageError("exists and is not a directory", path=str(root))
-    if root.samefile(source):
-        raise UsageError("is the checkpoint itself", path=str(root), hint="give another directory for the bundle")
-    if not (root / MANIFEST).exists():
-        names = {path.name for path in root.iterdir() if not path.name.startswith(UNFINISHED_PREFIX)}
-        if names - set(_PART_NAMES):
-            raise UsageError("is neither empty nor a bundle", path=str(root), hint="give a new directory")
-        if names and not force:  # of a conversion that was killed just before its end, or the user's own
-            raise UsageError(f"has a {min(names)} and no manifest", path=str(root), hint="--force replaces it")
-        return None
-    if not force:
-        raise UsageError("is there already", path=str(root), hint="--force replaces it")
-    try:
-        return Bundle.open(root).manifest
-    except BundleError:  # damaged: nothing of it needs to survive, but its files may not be taken for ours
-        parts = tuple(Part("damaged", name, 0, "") for name in _PART_NAMES if (root / name).exists())
-        return Manifest("", parts[:1])
+    def manifest(self, parts: tuple[Part, ...], written: tuple[Written, ...]) -> Manifest:
+        provenance = {
+            "source_sha256": {part.role: made.source_sha256 for part, made in zip(parts, written, strict=True)},
+            "tool": f"phi4edge {phi4edge.__version__}",
+            "options": self._options.as_json(),
+            "unused_tensors": {reason: len(names) for reason, names in self.unused.items()},
+        }
+        variant = self._variant
+        return Manifest(variant.name, parts, variant.placeholders, variant.router, self._processors, provenance)
 
+    def _read_adapters(self, config: BackboneConfig, opened: ExitStack) -> dict[str, Adapter]:
+        from phi4edge.converters.adapters import built_in_adapters, read_peft_adapter
 
-def _sweep(root: Path) -> None:
-    """Removes what a killed conversion left: temporary files, and parts that no manifest names."""
-    for path in root.iterdir():
-        if path.name.startswith(UNFINISHED_PREFIX) or (path.name in _PART_NAMES and not _names_part(root, path.name)):
-            path.unlink()
+        options = self._options
+        adapters: dict[str, Adapter] = {}
+        if options.adapters != NONE:
+            adapters = built_in_adapters(self._checkpoint, self._variant, config)
+        elif names := lora_names(self._checkpoint):
+            self.unused["adapters: left out as asked"] = names
+        for adapter in adapters.values():
+            opened.enter_context(adapter)
+        for name, directory in options.user_adapters.items():
+            if name in adapters:
+                raise UsageError(
+                    f"'{name}' is an adapter of the checkpoint", field="adapter", hint="choose another name"
+                )
+            adapters[name] = opened.enter_context(read_peft_adapter(name, Path(directory), config))
+        if options.merged and options.merged not in adapters:
+            known = ", ".join(adapters) or "none"
+            raise UsageError(f"there is no '{options.merged:.40}'", field="adapters", hint=f"the adapters are {known}")
+        return adapters
 
+    def _backbone_part(self) -> PlannedPart:
+        plan, merge = self._backbone, self._adapters.get(self._options.merged)
 
-def _names_part(root: Path, name: str) -> bool:
-    """Whether the manifest in place names this file.  One that cannot be read names everything."""
-    try:
-        return name in {part.file for part in Bundle.open(root).manifest.parts}
-    except FileError:
-        return False
-    except BundleError:
-        return True
+        def write(path: Path, progress: Progress) -> Written:
+            return write_backbone(
+                path,
+                self._checkpoint,
+                plan,
+                n_threads=self._n_threads,
+                progress=progress,
+                merge=merge,
+                imatrix=self._imatrix,
+            )
 
+        n_values = sum(values for values, _ in plan.bytes_by_type().values())
+        details: dict[str, Any] = {
+            "mix": self._options.mix,
+            "types": {type_name: n_bytes for type_name, (_, n_bytes) in plan.bytes_by_type().items()},
+            "bits_per_weight": round(8 * plan.n_bytes / n_values, 4),
+        }
+        if merge is not None:
+            details["merged_adapter"] = merge.name
+        return PlannedPart(BACKBONE, "backbone", ".gguf", plan.n_bytes, plan.source_bytes, details, write)
 
-@contextmanager
-def _temporary(root: Path) -> Iterator[Path]:
-    """A new file in the directory, gone afterwards unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=UNFINISHED_PREFIX, dir=root)
-    try:
-        os.close(descriptor)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)  # as any other new file
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    def _adapter_parts(self) -> list[PlannedPart]:
+        if self._options.merged:
+            others = [name for name in self._adapters if name != self._options.merged]
+            if others:  # they were trained on the weights without the merged one
+                self.unused["adapters: another one is merged"] = others
+            return []
+        return [self._adapter_part(adapter) for adapter in self._adapters.values()]
 
+    def _adapter_part(self, adapter: Adapter) -> PlannedPart:
+        from phi4edge.converters.adapters import adapter_bytes, write_adapter
 
-@contextmanager
-def _directory(root: Path) -> Iterator[None]:
-    """Makes the directory if it is missing, and removes it again when nothing came of it."""
-    made = not root.exists()
-    root.mkdir(exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if made:
-            with suppress(OSError):  # not empty: another writer is at work
-                root.rmdir()
-        raise
+        type_name = self._options.adapter_quant
 
+        def write(path: Path, progress: Progress) -> Written:
+            return write_adapter(path, adapter, type_name, n_threads=self._n_threads, progress=progress)
 
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """One writer at a time.  The directory itself is locked, so no file stays behind, whatever happens to us."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows; two writers there have names of their own until the manifest
-        yield
-        return
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError("another conversion writes here", path=str(root), hint="wait until it is done") from None
-        yield
-    finally:
-        os.close(descriptor)
+        n_bytes = adapter_bytes(adapter, type_name)
+        details = {"type": type_name, "rank": adapter.rank, "alpha": adapter.alpha}
+        role = f"{ADAPTER_PREFIX}{adapter.name}"
+        return PlannedPart(role, adapter.name, ".lora.gguf", n_bytes, adapter.source_bytes, details, write)
 
+    def _encoder_parts(self) -> list[PlannedPart]:
+        if not self._variant.is_multimodal:
+            return []
+        if self._options.encoders == NONE:
+            self._processors = read_processors(self._checkpoint, None)
+            media = sorted(name for name in self._checkpoint.tensors if ".embed_tokens_extend." in name)
+            if media:
+                self.unused["encoders: left out as asked"] = media
+            return []
+        from phi4edge.converters.audio import build_audio, write_audio  # they import onnx, which takes a while
+        from phi4edge.converters.vision import build_vision, write_vision
 
-@contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except (DiskError, FileError):
-        raise
-    except OSError as error:
-        kind = DiskError if error.errno in _DISK_FAULTS else FileError
-        raise kind(f"cannot be written: {error.strerror}", path=str(root)) from error
+        arguments = self._checkpoint, self._variant, self._backbone.config.hidden, self._options.encoders
+        vision, audio = build_vision(*arguments), build_audio(*arguments)
+        self._processors = read_processors(self._checkpoint, vision.crop_size)
+        for reason, names in (*vision.unused.items(), *audio.unused.items()):
+            self.unused.setdefault(reason, []).extend(names)
+        details = {"precision": self._options.encoders}
 
+        def write_vision_to(path: Path, progress: Progress) -> Written:
+            return write_vision(path, vision, progress)
 
-def _sync_directory(root: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(root, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        def write_audio_to(path: Path, progress: Progress) -> Written:
+            return write_audio(path, audio, progress)
+
+        return [
+            PlannedPart(VISION, "vision", ".onnx", vision.n_bytes, vision.weights.n_bytes, details, write_vision_to),
+            PlannedPart(AUDIO, "audio", ".onnx", audio.n_bytes, audio.weights.n_bytes, details, write_audio_to),
+        ]

@@ -76,6 +76,11 @@ CONVERTIBLE: tuple[str, ...] = (
     "IQ4_XS",
 )
 CONVERTIBLE += ("Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
+# For `--head`: the matrix that turns the last state into logits.
+HEAD_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K")
+# For adapter files.  llama.cpp reads the first three; the ranks of Phi-4-multimodal divide by 32, and 320 not by 256.
+ADAPTER_TYPES = ("F32", "F16", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL")
+PRECISIONS = ("fp32", "fp16", "int8")  # of encoders
 BITS = {8: "Q8_0", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
 
 # Formats of other block sizes for rows that do not divide by 256, and by 32.

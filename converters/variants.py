@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phi4edge.converters.checkpoint import FLOATS, Checkpoint, SourceTensor
@@ -16,13 +16,25 @@ from phi4edge.errors import BundleError
 
 _LINEARS = r"(self_attn\.(qkv|o)|mlp\.(gate_up|down))_proj"
 _COMPUTED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed from the config")
-_ENCODERS = (
-    r"model\.embed_tokens_extend\.(image|audio)_embed\..+",
-    "encoders and projectors: this version converts the backbone alone",
-)
-_LORA = (
-    rf"model\.layers\.\d+\.{_LINEARS}\.lora_[AB]\.(vision|speech)\.weight",
-    "adapters: this version converts the backbone alone",
+MEDIA_PREFIX = "model.embed_tokens_extend."  # of encoders and projectors
+_ENCODERS = r"model\.embed_tokens_extend\.(image|audio)_embed\..+"
+_LORA = rf"model\.layers\.\d+\.{_LINEARS}\.lora_[AB]\.(vision|speech)\.weight"
+
+# The original names of encoders and projectors -> those of transformers.  No tensor is transposed or split.
+_AUDIO_BLOCK = r"(audio_embed\.encoder\.encoders\.\d+\."
+_ORIGINAL_MEDIA = (
+    (_AUDIO_BLOCK + r"feed_forward_(?:in|out))\.net\.0\.linear\.", r"\1.gate_up_proj."),
+    (_AUDIO_BLOCK + r"feed_forward_(?:in|out))\.net\.2\.", r"\1.down_proj."),
+    (_AUDIO_BLOCK + r"self_attn)\.linear_([qkv])\.", r"\1.\2_proj."),
+    (_AUDIO_BLOCK + r"self_attn)\.linear_out\.", r"\1.o_proj."),
+    (r"(image_embed)\.img_projection\.0\.", r"\1.img_projection_up."),
+    (r"(image_embed)\.img_projection\.2\.", r"\1.img_projection_down."),
+    (r"(image_embed)\.glb_GN", r"\1.global_img_feature_extensor"),
+    (r"(image_embed)\.sub_GN", r"\1.sub_img_feature_extensor"),
+    (r"(audio_embed)\.audio_projection\.speech\.0\.", r"\1.up_proj_for_speech."),
+    (r"(audio_embed)\.audio_projection\.speech\.2\.", r"\1.down_proj_for_speech."),
+    (r"(audio_embed)\.audio_projection\.vision\.0\.", r"\1.up_proj_for_vision_speech."),
+    (r"(audio_embed)\.audio_projection\.vision\.2\.", r"\1.down_proj_for_vision_speech."),
 )
 
 
@@ -36,19 +48,34 @@ class Variant:
     linear_suffix: str  # after self_attn.qkv_proj and its like
     unused: tuple[tuple[str, str], ...]
     placeholders: Mapping[str, str]
+    router: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # as bundle.Manifest has it
+    media_names: tuple[tuple[str, str], ...] = ()  # patterns of this layout's names -> those of transformers
+
+    @property
+    def is_multimodal(self) -> bool:
+        return bool(self.placeholders)
 
 
 _MEDIA = {"image": "<|endoftext10|>", "audio": "<|endoftext11|>"}
+# As the original forward pass routes by its input_mode.  It holds for the whole sequence, generated tokens included.
+_ROUTER = {
+    "text": {},
+    "image": {"adapter": "vision"},
+    "audio": {"adapter": "speech", "audio_branch": "speech"},
+    "image+audio": {"adapter": "vision", "audio_branch": "vision"},
+}
 VARIANTS = (
     Variant("phi4-text", "Phi-4-mini", "phi3", ".weight", (_COMPUTED,), {}),
-    Variant("phi4-multimodal", "Phi-4-multimodal", "phi4_multimodal", ".weight", (_COMPUTED, _ENCODERS), _MEDIA),
+    Variant("phi4-multimodal", "Phi-4-multimodal", "phi4_multimodal", ".weight", (_COMPUTED,), _MEDIA, _ROUTER),
     Variant(
         "phi4-multimodal-original",
         "Phi-4-multimodal",
         "phi4mm",
         ".base_layer.weight",
-        (_COMPUTED, _ENCODERS, _LORA),
+        (_COMPUTED,),
         _MEDIA,
+        _ROUTER,
+        _ORIGINAL_MEDIA,
     ),
 )
 
@@ -108,6 +135,21 @@ def read_config(checkpoint: Checkpoint) -> BackboneConfig:
     return _ConfigReader(checkpoint).read()
 
 
+def media_tensors(checkpoint: Checkpoint, variant: Variant) -> dict[str, SourceTensor]:
+    """Tensors of encoders and projectors by the names that transformers gives them, after MEDIA_PREFIX."""
+    found: dict[str, SourceTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if not name.startswith(MEDIA_PREFIX):
+            continue
+        native = name.removeprefix(MEDIA_PREFIX)
+        for pattern, replacement in variant.media_names:
+            native = re.sub(f"^{pattern}", replacement, native)
+        if native in found:
+            raise BundleError(f"is '{found[native].name}' too", path=str(tensor.path), field=f"tensor '{name[:200]}'")
+        found[native] = tensor
+    return found
+
+
 def assignments(variant: Variant, config: BackboneConfig) -> Iterator[Assignment]:
     """What the checkpoint must hold, in the order of the GGUF file."""
     linear, hidden = variant.linear_suffix, config.hidden
@@ -131,11 +173,8 @@ def assignments(variant: Variant, config: BackboneConfig) -> Iterator[Assignment
 
 def match_tensors(
     checkpoint: Checkpoint, variant: Variant, config: BackboneConfig
-) -> tuple[list[tuple[Assignment, SourceTensor]], dict[str, list[str]]]:
-    """Every expected tensor with its source, and the names of the unused ones by reason.
-
-    BundleError when one is missing, has another shape or type, or is of no use that we know.
-    """
+) -> list[tuple[Assignment, SourceTensor]]:
+    """Every tensor of the backbone with its source; BundleError when one is missing or has another shape or type."""
     wanted = list(assignments(variant, config))
     missing = [assignment.source for assignment in wanted if assignment.source not in checkpoint.tensors]
     if missing:
@@ -160,14 +199,20 @@ def match_tensors(
                 field=field,
                 hint="convert the checkpoint that was not quantized",
             )
-    return pairs, _unused(checkpoint, variant, config, {assignment.source for assignment in wanted})
+    return pairs
 
 
-def _unused(checkpoint: Checkpoint, variant: Variant, config: BackboneConfig, used: set[str]) -> dict[str, list[str]]:
+def unused_tensors(checkpoint: Checkpoint, variant: Variant, config: BackboneConfig) -> dict[str, list[str]]:
+    """What is neither of the backbone nor of an encoder or adapter, by the reason; BundleError when we know of none."""
+    used = {assignment.source for assignment in assignments(variant, config)}
     rules = variant.unused + ((("lm_head\\.weight", "tied to the embedding"),) if config.tied else ())
     unused: dict[str, list[str]] = {}
     unknown = []
     for name in sorted(checkpoint.tensors.keys() - used):
+        if variant.is_multimodal and re.match(_ENCODERS, name):
+            continue
+        if variant.linear_suffix != ".weight" and re.fullmatch(_LORA, name):
+            continue
         reason = next((reason for pattern, reason in rules if re.fullmatch(pattern, name)), None)
         if reason is None:
             unknown.append(name)
@@ -177,9 +222,14 @@ def _unused(checkpoint: Checkpoint, variant: Variant, config: BackboneConfig, us
         raise BundleError(
             f"has tensors of no use that we know: {_names(unknown)}",
             path=str(checkpoint.directory),
-            hint="merge adapters of your own into the weights first",
+            hint="give adapters of your own with --adapter NAME=DIR, or merge them into the weights first",
         )
     return unused
+
+
+def lora_names(checkpoint: Checkpoint) -> list[str]:
+    """The adapter tensors that lie among the weights, as in the original layout."""
+    return sorted(name for name in checkpoint.tensors if re.fullmatch(_LORA, name))
 
 
 def _names(names: list[str]) -> str:
@@ -191,6 +241,7 @@ class _ConfigReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = str(checkpoint.directory / "config.json")
         self._config = checkpoint.config
+        self._n_tensors = len(checkpoint.tensors)
         self._has_head = "lm_head.weight" in checkpoint.tensors
         # transformers 5 gathers in rope_parameters what used to be rope_scaling and entries beside it.
         rope = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
@@ -201,6 +252,8 @@ class _ConfigReader:
     def read(self) -> BackboneConfig:
         hidden, heads = self._size("hidden_size"), self._size("num_attention_heads")
         kv_heads, layers = self._size("num_key_value_heads"), self._size("num_hidden_layers")
+        if layers > self._n_tensors:  # before as many names are made
+            raise self._wrong("num_hidden_layers", f"{layers} layers need more than the {self._n_tensors} tensors here")
         if heads % kv_heads:
             raise self._wrong("num_key_value_heads", f"{kv_heads} does not divide the {heads} attention heads")
         if self._config.get("head_dim") is None and hidden % heads:

@@ -23,8 +23,12 @@ from phi4edge.strict_json import parse_object, read_bytes
 MANIFEST = "manifest.json"
 FORMAT = "phi4edge-bundle"
 VERSION = 1
-BACKBONE = "backbone"
+BACKBONE, VISION, AUDIO = "backbone", "vision", "audio"  # roles
+ADAPTER_PREFIX = "adapter:"  # of the role of an adapter; its name follows
 UNFINISHED_PREFIX = ".phi4edge-"  # files of a conversion that was killed; no part of the bundle, swept by the next one
+# Names of parts that a conversion gives.  Where the manifest does not name one, a conversion was killed between giving
+# it this name and replacing the manifest; nothing reads it, and the next conversion removes it.
+PART_NAME = re.compile(r"backbone(\.2)?\.gguf|(vision|audio)(\.2)?\.onnx|[a-z0-9][a-z0-9_-]*(\.2)?\.lora\.gguf")
 
 _LARGEST_MANIFEST = 4 << 20  # bytes
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -38,7 +42,7 @@ Progress = Callable[[int, int], bool | None]  # (bytes done, bytes in all)
 class Part:
     """One file of a bundle.  ``details`` is for people and tools; nothing depends on it."""
 
-    role: str  # "backbone"
+    role: str  # "backbone", "vision", "audio", or "adapter:" and the adapter's name
     file: str
     n_bytes: int
     sha256: str
@@ -52,6 +56,9 @@ class Manifest:
     variant: str
     parts: tuple[Part, ...]
     placeholders: Mapping[str, str] = field(default_factory=dict)  # "image" -> the token that stands for pictures
+    # What a request has -> the adapter it needs and the projector of sounds: {"image": {"adapter": "vision"}, ...}.
+    router: Mapping[str, Any] = field(default_factory=dict)
+    processors: Mapping[str, Any] = field(default_factory=dict)  # numbers of the image and audio processors
     provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -62,6 +69,8 @@ class Manifest:
             "variant": self.variant,
             "parts": [asdict(part) for part in self.parts],
             "placeholders": dict(self.placeholders),
+            "router": dict(self.router),
+            "processors": dict(self.processors),
             "provenance": dict(self.provenance),
         }
         return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
@@ -83,7 +92,7 @@ class Manifest:
         problems: list[str] = []
         if not isinstance(document.get("variant"), str):
             problems.append("variant is not a string")
-        tables = {name: document.get(name, {}) for name in ("placeholders", "provenance")}
+        tables = {name: document.get(name, {}) for name in ("placeholders", "router", "processors", "provenance")}
         problems += [f"{name} is not an object" for name, value in tables.items() if not isinstance(value, dict)]
         entries = document.get("parts")
         if not isinstance(entries, list) or not entries:
@@ -94,7 +103,7 @@ class Manifest:
             values = [getattr(part, what).casefold() for part in parts]
             problems += [f"two parts have the {what} '{value}'" for value in {v for v in values if values.count(v) > 1}]
         _raise_if(problems, path)
-        return cls(document["variant"], tuple(parts), tables["placeholders"], tables["provenance"])
+        return cls(document["variant"], tuple(parts), **tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,14 @@ class Bundle:
                 return self.directory / part.file
         raise BundleError(f"has no {role}", path=str(self.directory))
 
+    def adapters(self) -> dict[str, Path]:
+        """The files of the adapters by name."""
+        return {
+            part.role.removeprefix(ADAPTER_PREFIX): self.directory / part.file
+            for part in self.manifest.parts
+            if part.role.startswith(ADAPTER_PREFIX)
+        }
+
     def verify(self, progress: Progress | None = None) -> None:
         """Reads every part; BundleError lists each file that is damaged or does not belong here."""
         known = {MANIFEST, *(part.file for part in self.manifest.parts)}
@@ -130,7 +147,7 @@ class Bundle:
         problems = [
             f"'{name}' is not in the manifest"
             for name in present
-            if name not in known and not name.startswith(UNFINISHED_PREFIX)
+            if name not in known and not name.startswith(UNFINISHED_PREFIX) and not PART_NAME.fullmatch(name)
         ]
         done, total = 0, sum(part.n_bytes for part in self.manifest.parts)
         for part in self.manifest.parts:
@@ -163,11 +180,15 @@ class Bundle:
         return problems
 
 
+def bundle_at(path: str | os.PathLike[str]) -> Bundle | None:
+    """The bundle in a directory; None when the path is something else, such as a GGUF file."""
+    return Bundle.open(path) if (Path(path) / MANIFEST).is_file() else None
+
+
 def backbone_of(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The backbone of a bundle directory; any other path is returned as it is."""
-    if not (Path(path) / MANIFEST).is_file():
-        return path
-    return Bundle.open(path).part(BACKBONE)
+    bundle = bundle_at(path)
+    return path if bundle is None else bundle.part(BACKBONE)
 
 
 def _part(entry: Any, index: int, problems: list[str]) -> Part | None:
@@ -179,7 +200,7 @@ def _part(entry: Any, index: int, problems: list[str]) -> Part | None:
     role, file, n_bytes, sha256 = values
     details = entry.get("details", {})
     found = len(problems)
-    if not isinstance(role, str) or not _PLAIN_NAME.fullmatch(role):
+    if not isinstance(role, str) or not _PLAIN_NAME.fullmatch(role.removeprefix(ADAPTER_PREFIX)):
         problems.append(f"{where}: role {role!r:.80} is not a name")
     if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file) or file == MANIFEST:
         problems.append(f"{where}: file {file!r:.80} is not the plain name of a file in the bundle")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge import _core, machine
-from phi4edge.bundle import backbone_of
+from phi4edge.bundle import BACKBONE, Manifest, backbone_of, bundle_at
 from phi4edge.errors import BundleError, UsageError
 
 LARGEST_CONTEXT = 1 << 24  # tokens
@@ -125,6 +125,7 @@ class ModelInfo:
     memory: MemoryNeed
     metadata: Mapping[str, Any]  # in file order; an array is replaced by ``{"items": n}``
     warnings: tuple[str, ...]
+    bundle: Manifest | None  # of the directory that was given
 
     @property
     def n_parameters(self) -> int:
@@ -142,7 +143,8 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
     ``None``.  Raises FileError, BundleError, and UsageError for a context below 1.
     """
     check_options(context, kv_type)
-    file = _core.GgufFile(backbone_of(path))
+    bundle = bundle_at(path)
+    file = _core.GgufFile(path if bundle is None else bundle.part(BACKBONE))
     config = _core.read_config(file)
     metadata: dict[str, Any] = file.metadata
     tensors = tuple(TensorSummary(t.name, t.type_name, tuple(t.shape), t.n_bytes) for t in file.tensors)
@@ -163,6 +165,7 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
         memory=_memory_need(file, n_context, kv_type),
         metadata={key: {"items": len(value)} if isinstance(value, list) else value for key, value in metadata.items()},
         warnings=(*file.warnings, *context_warnings(config, n_context)),
+        bundle=None if bundle is None else bundle.manifest,
     )
 
 

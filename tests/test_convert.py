@@ -24,7 +24,6 @@ import phi4edge
 from peers import LlamaCpp, llama_cpp
 from phi4edge import _core
 from phi4edge.bundle import UNFINISHED_PREFIX, Bundle
-from phi4edge.converters.backbone import can_encode
 from phi4edge.converters.convert import convert
 from phi4edge.converters.mixes import CONVERTIBLE, fitting_type
 from phi4edge.errors import BundleError, DiskError, FileError, Phi4EdgeError, UsageError
@@ -78,12 +77,13 @@ def test_sharded_output_of_transformers_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_backbone(tmp_path: Path, layout: str) -> None:
-    done = convert(tiny_checkpoint(tmp_path / layout, layout, **LONG_ROPE), tmp_path / "bundle", "f32")
+    checkpoint = tiny_checkpoint(tmp_path / layout, layout, **LONG_ROPE)
+    done = convert(checkpoint, tmp_path / "bundle", "f32", adapters="none", encoders="none")
     reference = tiny_gguf(tmp_path, **LONG_ROPE)
     with phi4edge.load(tmp_path / "bundle", threads=1) as ours, phi4edge.load(reference, threads=1) as theirs:
         np.testing.assert_array_equal(ours.logits(TOKENS), theirs.logits(TOKENS))
     n_unused = {"phi3": 0, "phi4_multimodal": 1, "phi4mm": 1 + 2 * 4 * 2 * 2}[layout]
-    assert sum(map(len, done.plan.unused.values())) == n_unused
+    assert sum(map(len, done.unused.values())) == n_unused
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -162,7 +162,7 @@ def test_a_bundle_takes_the_place_of_a_file_in_every_command(tmp_path: Path) -> 
     checkpoint, bundle = str(tiny_checkpoint(tmp_path / "checkpoint")), str(tmp_path / "bundle")
     made = run("convert", checkpoint, bundle, "--bits", "8")
     assert (made.returncode, made.stderr) == (0, "")
-    assert "Q8_0" in made.stdout and "bits/weight" in made.stdout
+    assert "Q8_0" in made.stdout and "bits per weight" in made.stdout
     assert run("verify", bundle).stdout.endswith(f"{bundle} is whole\n")
     assert run("run", bundle, "the cat", "-n", "4").returncode == 0
     assert run("chat", bundle, "-n", "4", text="the cat\n").returncode == 0
@@ -172,7 +172,8 @@ def test_a_bundle_takes_the_place_of_a_file_in_every_command(tmp_path: Path) -> 
 
 def test_convert_json_says_what_was_made_and_what_was_left_out(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "phi4mm")
-    document = json.loads(run("convert", str(checkpoint), str(tmp_path / "bundle"), "--quant", "f16", "--json").stdout)
+    options = ("--quant", "f16", "--adapters", "none", "--encoders", "none", "--json")
+    document = json.loads(run("convert", str(checkpoint), str(tmp_path / "bundle"), *options).stdout)
     (part,) = document["parts"]
     assert (part["role"], part["mix"]) == ("backbone", "F16")
     assert part["sha256"] == hashlib.sha256((tmp_path / "bundle" / part["file"]).read_bytes()).hexdigest()
@@ -181,13 +182,36 @@ def test_convert_json_says_what_was_made_and_what_was_left_out(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "options", [("--bits", "5"), ("--quant", "q9"), ("--quant", "q8_0", "--bits", "8"), ("--bits", "x")]
+    "options",
+    [
+        ("--bits", "5"),
+        ("--quant", "q9"),
+        ("--quant", "q8_0", "--bits", "8"),
+        ("--bits", "x"),
+        ("--head", "q9"),
+        ("--adapters", "all"),
+        ("--adapters", "merged:vision"),  # this checkpoint has none
+        ("--adapter", "law"),
+        ("--adapter", "law=x", "--adapter", "law=y"),
+        ("--adapter-quant", "q2_k"),
+        ("--encoders", "int4"),
+    ],
 )
 def test_options_that_make_no_sense_are_usage_errors(tmp_path: Path, options: tuple[str, ...]) -> None:
     done = run("convert", str(tiny_checkpoint(tmp_path / "checkpoint")), str(tmp_path / "bundle"), *options)
     assert done.returncode == 2
     assert is_one_error_line(done.stderr)
+    assert options[0] in done.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_head_has_a_type_of_its_own(tmp_path: Path) -> None:
+    for tied, name in ((True, "token_embd.weight"), (False, "output.weight")):
+        checkpoint = tiny_checkpoint(tmp_path / f"checkpoint-{tied}", tied=tied)
+        for head, expected in (("", "Q6_K"), ("q8_0", "Q8_0"), ("f16", "F16")):
+            bundle = tmp_path / f"bundle-{tied}-{head}"
+            convert(checkpoint, bundle, "q4_k_m", head=head)
+            assert {t.name: t.type_name for t in _core.GgufFile(backbone(bundle)).tensors}[name] == expected
 
 
 # --- bad input
@@ -236,7 +260,7 @@ BROKEN_TENSORS: dict[str, tuple[dict[str, Array | None], str]] = {
     "a layer too many": ({"model.layers.2.input_layernorm.weight": np.ones(256, np.float32)}, "no use that we know"),
     "a LoRA of a user's own": (
         {"base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight": np.ones((4, 256), np.float32)},
-        "merge adapters",
+        "--adapter NAME=DIR",
     ),
 }
 
@@ -359,7 +383,7 @@ def test_force_replaces_a_bundle_also_a_damaged_one(tmp_path: Path) -> None:
 def test_C12_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     for name, n_threads in (("one", 1), ("two", 2)):
         checkpoint = tiny_checkpoint(tmp_path / f"checkpoint-{name}", layers=3)
-        convert(checkpoint, tmp_path / name, "q4_k_m" if can_encode("Q4_K") else "q8_0", n_threads=n_threads)
+        convert(checkpoint, tmp_path / name, "q4_k_m", n_threads=n_threads)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
@@ -388,7 +412,7 @@ def test_C5_too_little_space_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr("phi4edge.converters.convert.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("phi4edge.converters.bundle_writer.shutil.disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match="are free"):
         convert(tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", "f32")
     assert not (tmp_path / "bundle").exists()

@@ -50,18 +50,22 @@ def users_of(pattern: str) -> set[str]:
     return {name(path) for path in CSRC if any(re.match(pattern, include) for include in includes(path))}
 
 
-def imports(path: Path, *, also_in_functions: bool = True) -> Iterator[str]:
-    """The modules that a Python file imports, with their full names; ``from a import b`` gives ``a`` and ``a.b``."""
+def imports(path: Path, *, also_later: bool = True) -> Iterator[str]:
+    """The modules that a Python file imports, with their full names; ``from a import b`` gives ``a`` and ``a.b``.
+
+    Not ``also_later``: only those that importing the file itself imports.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {
         id(child)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for child in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for child in ast.walk(block)
     }
     package = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(tree):
-        if not also_in_functions and id(node) in inside:
+        if not also_later and id(node) in inside:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -165,5 +169,5 @@ def test_7_python_modules_import_downwards(path: Path) -> None:
 def test_7_the_runtime_imports_the_converters_only_when_converting() -> None:
     for path in PYTHON:
         if not name(path).startswith("converters/"):
-            found = list(imports(path, also_in_functions=False))
+            found = list(imports(path, also_later=False))
             assert not any(module.startswith("phi4edge.converters") for module in found), name(path)

@@ -1,4 +1,4 @@
-"""The command line: ``phi4edge run``, ``chat``, ``convert``, ``verify``, ``info``, ``bench``, ``version``.
+"""The command line: ``phi4edge run``, ``chat``, ``pull``, ``convert``, ``quantize``, ``imatrix``, ``verify`` and so on.
 
 The answer goes to standard output and everything else to standard error.  One file per command; nothing heavy is
 imported before a command needs it, so that ``--help`` is immediate on a small computer.

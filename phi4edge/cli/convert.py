@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from phi4edge import machine
 from phi4edge.cli import output
-from phi4edge.cli.options import Json
+from phi4edge.cli.options import Json, named_as_option
+from phi4edge.cli.parts import part_lines, parts_as_json
 from phi4edge.cli.progress import ProgressBar
 from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from phi4edge.bundle import Manifest
+    from phi4edge.converters.convert import Converted, Options
 
 EXAMPLES = """
     phi4edge convert Phi-4-mini-instruct phi4-mini-q4
-    phi4edge convert Phi-4-mini-instruct phi4-mini-q8 --bits 8
-    phi4edge convert my-fine-tune bundle --quant q6_k --force
-    phi4edge run phi4-mini-q4 "Why is the sky blue?"
+    phi4edge convert Phi-4-multimodal-instruct phi4-mm-q4 --quant q4_k_m --adapters switchable --encoders int8
+    phi4edge convert Phi-4-multimodal-instruct phi4-vision-q3 --bits 3 --adapters merged:vision
+    phi4edge convert Phi-4-mini-instruct bundle --quant q2_k --imatrix phi4-mini.imatrix --head q8_0
+    phi4edge convert Phi-4-mini-instruct bundle --adapter law=my-peft-folder --force
 """
 
 _DEFAULT_BITS = 4
+_OPTIONS = ("quant", "head", "adapters", "adapter", "adapter_quant", "encoders", "imatrix")
 
 
-def convert(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT_DIR", help="A directory with config.json and safetensors.")
-    ],
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE_DIR", help="The directory to make.")],
+@dataclass(frozen=True)
+class Conversion:
+    """What to make of a checkpoint; shared with ``pull``."""
+
     quant: Annotated[
         str | None,
         typer.Option(
@@ -39,34 +41,99 @@ def convert(
             help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_k_s, q4_0, iq4_nl, iq4_xs, q3_k_m, q3_k_s, q2_k "
             "or q2_k_s. [default: q4_k_m]",
         ),
-    ] = None,
-    bits: Annotated[int | None, typer.Option(metavar="N", help="The same by size: 8, 4, 3 or 2 bits a weight.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", "-t", metavar="N", help="Threads to quantize with. [default: one per physical core]"),
-    ] = None,
+    ] = None
+    bits: Annotated[int | None, typer.Option(metavar="N", help="The same by size: 8, 4, 3 or 2 bits a weight.")] = None
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Type of the output matrix, which is Phi-4's embedding too: f16, q8_0, q6_k, q5_k, q4_k ... "
+            "[default: the mix's, mostly q6_k]",
+            show_default=False,
+        ),
+    ] = ""
+    adapters: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="switchable: each adapter in a file of its own; merged:NAME: one is added to the weights; none.",
+        ),
+    ] = "switchable"
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Add an adapter of your own, in PEFT's format; may be repeated."),
+    ] = None
+    adapter_quant: Annotated[
+        str, typer.Option(metavar="TYPE", help="Type of adapter files: f32, f16, q8_0, q5_0, q4_0 or iq4_nl.")
+    ] = "q8_0"
+    encoders: Annotated[
+        str, typer.Option(metavar="PRECISION", help="Of the vision and audio encoders: fp32, fp16, int8 or none.")
+    ] = "int8"
+    imatrix: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="An importance matrix, which 'phi4edge imatrix' makes; helps below 5 bits."),
+    ] = None
+
+    def options(self) -> Options:
+        """As the converter takes them; an error names the option."""
+        from phi4edge.converters.convert import Options
+
+        try:
+            return Options(
+                mix_name(self.quant, self.bits),
+                head=self.head,
+                adapters=self.adapters,
+                adapter_quant=self.adapter_quant,
+                user_adapters=_named_directories(self.adapter or []),
+                encoders=self.encoders,
+                imatrix=self.imatrix,
+            )
+        except UsageError as error:
+            raise named_as_option(error, _OPTIONS) from None
+
+    def run(self, source: str, target: str, *, force: bool, threads: int | None) -> Converted:
+        """Converts with a progress bar."""
+        from phi4edge.converters.convert import convert
+
+        options = self.options()
+        n_threads, warning = machine.clamp_threads(threads)
+        if warning:
+            output.warn(f"--threads: {warning}")
+        with closing(ProgressBar("Converting", in_bytes=True)) as bar:
+
+            def show(tensor: str, done: int, total: int) -> None:
+                bar.title = tensor or "Writing"
+                bar(done, total)
+
+            try:
+                return convert(source, target, **vars(options), force=force, n_threads=n_threads, progress=show)
+            except UsageError as error:
+                raise named_as_option(error, _OPTIONS) from None
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", help="Threads to quantize with. [default: one per physical core]"),
+]
+
+
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT_DIR", help="A directory with config.json and safetensors.")
+    ],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE_DIR", help="The directory to make.")],
+    conversion: Conversion,
+    force: Force = False,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to a bundle.  Only the language model of it, for now."""
-    from phi4edge.converters.convert import convert as convert_checkpoint
-
-    n_threads, warning = machine.clamp_threads(threads)
-    if warning:
-        output.warn(f"--threads: {warning}")
-    with closing(ProgressBar("Converting", in_bytes=True)) as bar:
-
-        def show(tensor: str, done: int, total: int) -> None:
-            bar.title = tensor or "Writing"
-            bar(done, total)
-
-        done = convert_checkpoint(
-            checkpoint, bundle, mix_name(quant, bits), force=force, n_threads=n_threads, progress=show
-        )
+    """Convert a checkpoint to a bundle: the language model, its adapters and its encoders."""
+    done = conversion.run(checkpoint, bundle, force=force, threads=threads)
     if as_json:
-        output.write_json(_as_json(bundle, done.bundle.manifest, done.plan.unused))
-        return
-    output.write_text("\n".join(_lines(bundle, done.bundle.manifest, done.plan.unused)) + "\n")
+        output.write_json(converted_as_json(bundle, done))
+    else:
+        output.write_text("\n".join(converted_lines(bundle, done)) + "\n")
 
 
 def mix_name(quant: str | None, bits: int | None) -> str:
@@ -81,25 +148,31 @@ def mix_name(quant: str | None, bits: int | None) -> str:
     return BITS[_DEFAULT_BITS if bits is None else bits]
 
 
-def _as_json(path: str, manifest: Manifest, unused: Mapping[str, list[str]]) -> dict[str, Any]:
+def converted_as_json(path: str, done: Converted) -> dict[str, Any]:
+    manifest = done.bundle.manifest
     return {
         "bundle": path,
         "variant": manifest.variant,
-        "parts": [
-            {"role": part.role, "file": part.file, "n_bytes": part.n_bytes, "sha256": part.sha256, **part.details}
-            for part in manifest.parts
-        ],
-        "unused_tensors": dict(unused),
+        "parts": parts_as_json(manifest),
+        "unused_tensors": dict(done.unused),
     }
 
 
-def _lines(path: str, manifest: Manifest, unused: Mapping[str, list[str]]) -> list[str]:
-    lines = [f"{'part':<14}{'mix':<9}{'types':<48}{'bits/weight':>11}{'size':>12}"]
-    for part in manifest.parts:
-        whole = sum(part.details["types"].values())
-        types = ", ".join(f"{name} {100 * size / whole:.0f}%" for name, size in part.details["types"].items())
-        bits, size = f"{part.details['bits_per_weight']:.2f}", output.bytes_text(part.n_bytes)
-        lines.append(f"{part.role:<14}{part.details['mix']:<9}{types:<48}{bits:>11}{size:>12}")
-    for reason, names in unused.items():
+def converted_lines(path: str, done: Converted) -> list[str]:
+    lines = part_lines(done.bundle.manifest)
+    for reason, names in done.unused.items():
         lines.append(f"not used: {len(names)} tensors ({reason})")
     return [*lines, f"{path} is ready: phi4edge chat {path}"]
+
+
+def _named_directories(values: list[str]) -> dict[str, str]:
+    """NAME=DIR, several times."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not (name and equals and directory):
+            raise UsageError(f"'{value:.80}' is not NAME=DIR", field="--adapter", hint="for example --adapter law=lora")
+        if name in found:
+            raise UsageError(f"'{name:.40}' is given twice", field="--adapter")
+        found[name] = directory
+    return found

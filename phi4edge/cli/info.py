@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 
 from phi4edge.cli import output
 from phi4edge.cli.options import Context, Json, KvType, ModelPath, named_as_option
+from phi4edge.cli.parts import part_lines
 from phi4edge.cli.progress import ProgressBar
 from phi4edge.errors import UsageError
 
@@ -89,7 +90,7 @@ def info_as_json(found: ModelInfo, *, with_tensors: bool) -> dict[str, Any]:
 
 def info_lines(found: ModelInfo, *, with_tensors: bool) -> list[str]:
     """The same for people: sections of aligned columns."""
-    lines = [*_table("File", _file_rows(found)), *_table("Model", _model_rows(found))]
+    lines = [*_table("File", _file_rows(found)), *_bundle_lines(found), *_table("Model", _model_rows(found))]
     lines += _table("Weights", _weight_rows(found))
     lines += _table("Tokenizer", _tokenizer_rows(found))
     lines += _table(f"Memory for {found.memory.context:,} tokens of context", _memory_rows(found))
@@ -107,6 +108,19 @@ def _file_rows(found: ModelInfo) -> Iterable[Sequence[str]]:
         yield "shards", str(len(found.paths))
     yield "size", output.bytes_text(found.size_on_disk)
     yield "format", f"GGUF version {found.gguf_version}"
+
+
+def _bundle_lines(found: ModelInfo) -> list[str]:
+    if found.bundle is None:
+        return []
+    routes = [
+        (what, ", ".join(f"{key} {value}" for key, value in route.items()) or "no adapter")
+        for what, route in found.bundle.router.items()
+        if isinstance(route, Mapping)
+    ]
+    parts = [f"  {line}" for line in part_lines(found.bundle)]
+    routed = _table("What a request with ... uses", routes) if routes else []
+    return [f"Bundle of a {output.one_line(found.bundle.variant)}", *parts, "", *routed]
 
 
 def _model_rows(found: ModelInfo) -> Iterable[Sequence[str]]:

@@ -1,0 +1,204 @@
+"""A GGUF model to the same model in another type mix, row by row: memory does not grow with the model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from phi4edge import _core
+from phi4edge.bundle import backbone_of
+from phi4edge.converters.backbone import encode
+from phi4edge.converters.checkpoint import row_pieces
+from phi4edge.converters.files import HashedFile, Progress, hashed_file
+from phi4edge.converters.gguf_raw import FLOATS, GgufRows, NewTensor, dequantize, entry, header, n_rows_of
+from phi4edge.converters.imatrix import Imatrix
+from phi4edge.converters.mixes import HEAD_TYPES, MIXES, fitting_type
+from phi4edge.converters.new_file import new_file, require_writable
+from phi4edge.errors import BundleError, UsageError
+
+_VALUES_AT_ONCE = 4 << 20
+_LARGEST_HALF = 65504.0
+_OF_SHARDS = ("split.no", "split.count", "split.tensors.count")
+_LAYER_MATRIX = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+# With four query heads or more for a key head, values are few and worth more bits: mix -> type, as llama.cpp has it.
+_SHARED_VALUES = {"Q2_K": "Q4_K", "Q2_K_S": "Q4_K", "IQ4_NL": "Q5_K", "IQ4_XS": "Q5_K"}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written."""
+
+    path: Path
+    mix: str
+    n_bytes: int
+    sha256: str
+    types: dict[str, tuple[int, int]]  # type -> values and bytes, the largest first
+    without_importance: tuple[str, ...]  # quantized matrices that the importance matrix does not know
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(size for _, size in self.types.values()) / sum(values for values, _ in self.types.values())
+
+
+@dataclass(frozen=True)
+class _Step:
+    source: _core.TensorInfo
+    target: NewTensor
+    importance: npt.NDArray[np.float32] | None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.source.type_name == self.target.type_name
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    mix: str,
+    *,
+    imatrix: Imatrix | None = None,
+    head: str = "",
+    force: bool = False,
+    allow_requantize: bool = False,
+    n_threads: int = 1,
+    progress: Progress = lambda tensor, done, total: None,
+) -> Quantized:
+    """Writes a GGUF file, or the backbone of a bundle, in one of the type mixes ("Q4_K_M") as a new GGUF file.
+
+    imatrix: weighs the errors of each column.  head: a type of its own for the output matrix, or the tied embedding.
+    allow_requantize: matrices that are quantized already may be quantized again, which adds to the error.
+    Norms, and matrices that have their type already, are copied.  The same input gives the same bytes.
+
+    Raises FileError, BundleError, UsageError, DiskError; then the target is as it was before.
+    """
+    target, mix, head = Path(target), mix.upper(), head.upper()
+    _require_known(mix, MIXES, "quant")
+    _require_known(head, ("", *HEAD_TYPES), "head")
+    with GgufRows(backbone_of(source)) as rows:
+        require_writable(target, rows.paths, force=force)
+        config = _core.read_config(rows.file)
+        steps = [_step(rows, tensor, config, mix, head, imatrix) for tensor in rows.file.tensors]
+        if not allow_requantize:
+            _require_floats(rows, steps)
+        without = tuple(step.source.name for step in steps if not step.is_copy and step.importance is None)
+        if imatrix is not None:
+            imatrix.require_model({step.source.name: step.source.shape[0] for step in steps})
+        start = header(_metadata(rows, mix), [step.target for step in steps], rows.alignment)
+        n_bytes = len(start) + sum(step.target.n_bytes + rows.alignment for step in steps)
+        with new_file(target, n_bytes, force=force) as temporary:
+            with hashed_file(temporary) as output:
+                output.write(start)
+                _write_tensors(output, rows, steps, n_threads, progress)
+            rows.require_unchanged()
+    return Quantized(target, mix, output.n_bytes, output.sha256, _by_type(steps), without if imatrix else ())
+
+
+def _step(
+    rows: GgufRows,
+    tensor: _core.TensorInfo,
+    config: _core.ModelConfig,
+    mix: str,
+    head: str,
+    imatrix: Imatrix | None,
+) -> _Step:
+    if tensor.type_name not in {known.name for known in _core.formats()}:
+        raise BundleError(
+            f"is {tensor.type_name}, which we do not read",
+            path=str(rows.paths[tensor.shard]),
+            field=f"tensor '{tensor.name}'",
+            hint="get the model in F16 or Q8_0",
+        )
+    type_name = _new_type(tensor, config, mix, head)
+    is_quantized = type_name != tensor.type_name and type_name not in FLOATS
+    importance = imatrix.importance(tensor.name, tensor.shape[0]) if imatrix and is_quantized else None
+    return _Step(tensor, NewTensor(tensor.name, tensor.shape, type_name), importance)
+
+
+def _new_type(tensor: _core.TensorInfo, config: _core.ModelConfig, mix: str, head: str) -> str:
+    if n_rows_of(tensor.shape) == 1:
+        return tensor.type_name  # norms and RoPE factors
+    found = _LAYER_MATRIX.fullmatch(tensor.name)
+    layer, role = (int(found[1]), found[2]) if found else (-1, tensor.name.removesuffix(".weight"))
+    is_head = role == "output" or (role == "token_embd" and config.tied_head)
+    if head and is_head:
+        wanted = head
+    elif role in ("attn_v", "attn_qkv") and config.n_heads >= 4 * config.n_kv_heads and mix in _SHARED_VALUES:
+        wanted = _SHARED_VALUES[mix]
+    else:
+        role = "attn_qkv" if role == "attn_v" else role  # a mix gives the fused matrix the type that its values need
+        wanted = MIXES[mix].type_of(role, layer, config.n_layers, tied=config.tied_head)
+    return fitting_type(wanted, tensor.shape[0])
+
+
+def _require_floats(rows: GgufRows, steps: Sequence[_Step]) -> None:
+    for step in steps:
+        if not step.is_copy and step.source.type_name not in FLOATS:
+            raise BundleError(
+                f"is already {step.source.type_name}; a second quantization adds to the error of the first",
+                path=str(rows.paths[step.source.shard]),
+                field=f"tensor '{step.source.name}'",
+                hint="use a file in F32, F16 or BF16, or give --allow-requantize",
+            )
+
+
+def _metadata(rows: GgufRows, mix: str) -> list[bytes]:
+    """The entries of the source, but for the two that tell the types and those that number shards."""
+    file_type = gguf.LlamaFileType["ALL_F32" if mix == "F32" else f"MOSTLY_{mix}"]
+    new = {
+        key: entry(key, int(value))
+        for key, value in (
+            ("general.file_type", file_type),
+            ("general.quantization_version", gguf.GGML_QUANT_VERSION),
+        )
+    }
+    kept = {key: new.pop(key, data) for key, data in rows.entries() if key not in _OF_SHARDS}
+    return [*kept.values(), *new.values()]
+
+
+def _write_tensors(
+    output: HashedFile, rows: GgufRows, steps: Sequence[_Step], n_threads: int, progress: Progress
+) -> None:
+    done, total = 0, sum(step.source.n_bytes for step in steps)
+    for step in steps:
+        n_columns, n_rows = step.source.shape[0], n_rows_of(step.source.shape)
+        for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+            progress(step.source.name, done, total)
+            raw = rows.raw(step.source, first, n_piece)
+            values = dequantize(raw, step.source, n_piece)
+            _require_fitting(values, step, rows)
+            output.write(raw if step.is_copy else encode(values, step.target.type_name, n_threads, step.importance))
+            done += len(raw)
+        output.pad(rows.alignment)
+    progress("", done, total)
+
+
+def _require_fitting(values: npt.NDArray[np.float32], step: _Step, rows: GgufRows) -> None:
+    low, high = float(values.min()), float(values.max())
+    where = {"path": str(rows.paths[step.source.shard]), "field": f"tensor '{step.source.name}'"}
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BundleError("has a NaN or an infinity", **where, hint="download the file again, or convert it again")
+    if not step.is_copy and step.target.type_name not in ("F32", "BF16") and max(-low, high) > _LARGEST_HALF:
+        problem = f"has a weight of {max(-low, high):.3g}, too large for {step.target.type_name}"
+        raise BundleError(problem, **where, hint="use bf16")
+
+
+def _by_type(steps: Sequence[_Step]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for tensor in (step.target for step in steps):
+        values, n_bytes = found.get(tensor.type_name, (0, 0))
+        found[tensor.type_name] = values + math.prod(tensor.shape), n_bytes + tensor.n_bytes
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def _require_known(name: str, choices: Iterable[str], field: str) -> None:
+    if name not in choices:
+        shown = ", ".join(choice for choice in choices if choice).lower()
+        raise UsageError(f"'{name:.40}' is not known", field=field, hint=f"choose one of {shown}")

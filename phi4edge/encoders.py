@@ -1,0 +1,326 @@
+"""Images and sounds to embeddings of the decoder, with onnxruntime and the ONNX files of a bundle.
+
+>>> with VisionEncoder("bundle/vision.onnx", 3072, threads=4) as encoder:  # doctest: +SKIP
+...     features = encoder.encode(pixel_values, patch_mask)
+>>> features.crops.shape  # doctest: +SKIP
+(5, 256, 3072)
+
+A file is opened once: it is checked through that descriptor before onnxruntime is even imported.  On Linux onnxruntime
+then reads the same file again through the descriptor, so that a file that is renamed over the path in the meantime is
+not seen; elsewhere it opens the path.  In both cases a file that is not the same afterwards is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from phi4edge.errors import BundleError, Cancelled, InputError, OutOfMemoryError, UnsupportedError, UsageError
+from phi4edge.onnx_file import OnnxSummary, TensorInfo, inspect_file, open_onnx
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+VERSION = "1"  # of the contract between the converters' graphs and this module
+PATCH = 14  # pixels; one token is 2 x 2 patches
+N_MELS = 80
+FRAMES_PER_TOKEN = 8
+WINDOW = 500  # tokens that the audio encoder sees at once: 40 s
+
+# Name of ours -> onnxruntime's name of the execution provider, and its options.
+PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"cpu": ("CPUExecutionProvider", {})}
+
+Branch = Literal["speech", "vision"]
+BRANCHES: tuple[Branch, ...] = ("speech", "vision")
+Progress = Callable[[int, int], bool | None]  # (crops or tokens done, in all); False cancels
+Float32 = npt.NDArray[np.float32]
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """``crops`` float32 [n, (S/28)^2, hidden], row by row; the separators of rows and views float32 [hidden]."""
+
+    crops: Float32
+    row_separator: Float32
+    view_separator: Float32
+
+
+class _Encoder(ABC):
+    """A session of onnxruntime for a file that keeps the contract of its kind."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, hidden_size: int, threads: int, provider: str) -> None:
+        if threads < 1:
+            raise UsageError(f"{threads} threads cannot work", field="threads")
+        if provider not in PROVIDERS:
+            raise UsageError(f"'{provider}' is not one of {', '.join(PROVIDERS)}", field="provider")
+        self.path = os.fspath(path)
+        self.hidden_size = hidden_size
+        with open_onnx(path) as file:
+            before = _identity(file.fileno())
+            self.summary: OnnxSummary = inspect_file(file, self.path)
+            self._check_metadata(kind)
+            self._check_contract()
+            descriptor = Path(f"/proc/self/fd/{file.fileno()}")
+            source = str(descriptor) if descriptor.exists() else self.path
+            self._session: Any = self._load(source, threads, provider)
+            if _identity(source) != before:
+                raise BundleError("was changed while it was loaded", path=self.path, hint="try again")
+
+    def close(self) -> None:
+        """Releases the weights.  A closed encoder cannot be used again."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _contract(self) -> tuple[Mapping[str, tuple[str, Shape]], Mapping[str, tuple[str, Shape]]]:
+        """Inputs and outputs: name -> element type and shape, in which a string stands for an axis of any length."""
+
+    def _check_metadata(self, kind: str) -> None:
+        metadata = self.summary.metadata
+        expected = {"kind": kind, "version": VERSION, "hidden": str(self.hidden_size)}
+        for key, value in expected.items():
+            found = metadata.get(f"phi4edge.{key}")
+            if found != value:
+                self._refuse(f"is {found!r:.80}, expected '{value}'", f"phi4edge.{key}")
+
+    def _check_contract(self) -> None:
+        for what, expected, found in zip(
+            ("input", "output"), self._contract(), (self.summary.inputs, self.summary.outputs), strict=True
+        ):
+            by_name = {tensor.name: tensor for tensor in found}
+            if set(by_name) != set(expected):
+                self._refuse(f"has the {what}s {sorted(by_name)!r:.300}, expected {sorted(expected)}", what)
+            for name, (element, shape) in expected.items():
+                if not _fits(by_name[name], element, shape):
+                    tensor = by_name[name]
+                    self._refuse(f"is {tensor.element} {_text(tensor.shape)}, expected {element} {_text(shape)}", name)
+
+    def _load(self, source: str, threads: int, provider: str) -> Any:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UnsupportedError(
+                "onnxruntime is not installed, which images and sounds need", hint="pip install onnxruntime"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # a library does not write to stderr; errors come as exceptions
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder has threads too
+        # Inputs come in many sizes.  Plans for each, and an arena that keeps what the largest took, would cost a third
+        # more memory (1.19 instead of 0.86 GB after nine recordings, with the full-size int8 audio encoder).
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False
+        name, provider_options = PROVIDERS[provider]
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=[(name, dict(provider_options))])
+        except Exception as error:
+            self._failed(error, "cannot be loaded by onnxruntime")
+
+    def _run(self, inputs: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[Float32]:
+        """The outputs named in ``shapes``, which must have these shapes and be finite."""
+        if self._session is None:
+            raise UsageError("the encoder is closed", path=self.path)
+        try:
+            outputs: list[Float32] = self._session.run(list(shapes), inputs)
+        except Exception as error:
+            self._failed(error, "cannot be run by onnxruntime")
+        for output, (name, shape) in zip(outputs, shapes.items(), strict=True):
+            if output.shape != shape or output.dtype != np.float32:
+                self._refuse(f"came as {output.dtype} {list(output.shape)}, expected float32 {list(shape)}", name)
+            if not np.isfinite(output).all():
+                self._refuse("has a NaN or an infinity", name)
+        return outputs
+
+    def _failed(self, error: Exception, problem: str) -> NoReturn:
+        text = str(error)
+        # onnxruntime has no exception type of its own for this.
+        if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
+            raise OutOfMemoryError(
+                "not enough memory for this encoder", path=self.path, hint="close other programs, or use int8 encoders"
+            ) from error
+        name = type(error).__name__
+        raise BundleError(f"{problem} ({name})", path=self.path, hint="convert the checkpoint again") from error
+
+    def _refuse(self, problem: str, field: str) -> NoReturn:
+        raise BundleError(problem, path=self.path, field=field, hint="convert the checkpoint again")
+
+
+class VisionEncoder(_Encoder):
+    """Crops of S x S pixels to (S/28)^2 embeddings each.
+
+    hidden_size: width of the decoder.  threads: how many compute.  provider: a name in ``PROVIDERS``.
+
+    Raises FileError, BundleError when the file is damaged, of another kind or for another decoder, OutOfMemoryError,
+    UnsupportedError, UsageError.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str = "cpu"
+    ) -> None:
+        super().__init__(path, "vision", hidden_size, threads, provider)
+
+    @property
+    def crop_size(self) -> int:
+        """S: pixels of a side of a crop."""
+        text = self.summary.metadata.get("phi4edge.crop_size", "")
+        size = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0
+        if size == 0 or size % (2 * PATCH):
+            self._refuse(f"is {text!r:.80}, not a multiple of {2 * PATCH}", "phi4edge.crop_size")
+        return size
+
+    def encode(
+        self, pixel_values: Float32, patch_mask: npt.NDArray[np.bool_], progress: Progress | None = None
+    ) -> VisionFeatures:
+        """Encodes one crop after the other: each fills the processor, and memory does not grow with their number.
+
+        pixel_values: float32 [n, 3, S, S], normalised to -1..1.  patch_mask: bool [n, S/14, S/14], True for the patches
+        that hold picture; they are the first of the rows and columns.
+
+        Raises InputError for inputs of another kind, OutOfMemoryError, Cancelled.
+        """
+        size = self.crop_size
+        n_crops = len(pixel_values) if pixel_values.ndim else 0
+        n_patches = size // PATCH
+        _require(pixel_values, "pixel_values", "float32", (n_crops, 3, size, size))
+        _require(patch_mask, "patch_mask", "bool", (n_crops, n_patches, n_patches))
+        rows, columns = patch_mask[:, :, :1], patch_mask[:, :1, :]
+        n_valid = rows.sum(axis=1, keepdims=True), columns.sum(axis=2, keepdims=True)
+        ranks = np.arange(n_patches)
+        if n_crops == 0 or not all(n.all() for n in n_valid):
+            raise InputError("there is a crop without any patch, or no crop", field="patch_mask")
+        if (patch_mask != ((ranks[:, None] < n_valid[0]) & (ranks < n_valid[1]))).any():
+            raise InputError("the valid patches are not the first rows and columns", field="patch_mask")
+        n_tokens = (size // (2 * PATCH)) ** 2
+        shapes = {
+            "crop_embeddings": (1, n_tokens, self.hidden_size),
+            "row_separator": (1, self.hidden_size),
+            "view_separator": (1, self.hidden_size),
+        }
+        crops = np.empty((n_crops, n_tokens, self.hidden_size), np.float32)
+        for index in range(n_crops):
+            _tell(progress, index, n_crops)
+            one = slice(index, index + 1)
+            inputs = {"pixel_values": pixel_values[one], "patch_mask": patch_mask[one]}
+            crops[one], row_separator, view_separator = self._run(inputs, shapes)
+        _tell(progress, n_crops, n_crops)
+        return VisionFeatures(crops, row_separator[0], view_separator[0])
+
+    def _contract(self) -> tuple[Mapping[str, tuple[str, Shape]], Mapping[str, tuple[str, Shape]]]:
+        size, hidden = self.crop_size, self.hidden_size
+        n_patches = size // PATCH
+        inputs: dict[str, tuple[str, Shape]] = {
+            "pixel_values": ("float32", ("crops", 3, size, size)),
+            "patch_mask": ("bool", ("crops", n_patches, n_patches)),
+        }
+        outputs: dict[str, tuple[str, Shape]] = {
+            "crop_embeddings": ("float32", ("crops", n_patches * n_patches // 4, hidden)),
+            "row_separator": ("float32", (1, hidden)),
+            "view_separator": ("float32", (1, hidden)),
+        }
+        return inputs, outputs
+
+
+class AudioEncoder(_Encoder):
+    """Log-mel frames of 10 ms to embeddings of 80 ms.  Parameters and errors are those of :class:`VisionEncoder`."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str = "cpu"
+    ) -> None:
+        super().__init__(path, "audio", hidden_size, threads, provider)
+
+    def encode(self, features: Float32, branch: Branch, progress: Progress | None = None) -> Float32:
+        """Float32 [ceil(n_frames / 8), hidden] for log-mels float32 [n_frames, 80] of one recording.
+
+        branch: the projector, "speech", or "vision" when the same request has images.
+
+        Up to 500 tokens are one window.  Of longer recordings the windows of 500 tokens do not see each other, and the
+        last one sees zeros behind its end, as the reference has it.  They are run one by one, which bounds the memory.
+
+        Raises InputError, OutOfMemoryError, Cancelled.
+        """
+        if branch not in BRANCHES:
+            raise InputError(f"{branch!r:.80} is not one of {', '.join(BRANCHES)}", field="branch")
+        n_frames = len(features) if features.ndim else 0
+        _require(features, "features", "float32", (n_frames, N_MELS))
+        if n_frames == 0:
+            raise InputError("there is no frame", field="features")
+        n_tokens = -(-n_frames // FRAMES_PER_TOKEN)
+        is_long = n_tokens > WINDOW
+        embeddings = np.empty((n_tokens, self.hidden_size), np.float32)
+        for start in range(0, n_tokens, WINDOW):
+            _tell(progress, start, n_tokens)
+            end = min(start + WINDOW, n_tokens)
+            n_context = 1 if start else 0  # the convolutions look 7 frames back; a token of its own is cut off again
+            frames = features[FRAMES_PER_TOKEN * (start - n_context) : FRAMES_PER_TOKEN * end]
+            inputs: dict[str, npt.NDArray[Any]] = {
+                "features": frames[np.newaxis],
+                "skip": np.array(n_context, np.int64),
+                "window": np.array(WINDOW if is_long else 0, np.int64),
+                "branch": np.array(BRANCHES.index(branch), np.int64),
+            }
+            (embeddings[start:end],) = self._run(inputs, {"embeddings": (1, end - start, self.hidden_size)})
+        _tell(progress, n_tokens, n_tokens)
+        return embeddings
+
+    def _contract(self) -> tuple[Mapping[str, tuple[str, Shape]], Mapping[str, tuple[str, Shape]]]:
+        inputs: dict[str, tuple[str, Shape]] = {
+            "features": ("float32", ("windows", "frames", N_MELS)),
+            "skip": ("int64", ()),
+            "window": ("int64", ()),
+            "branch": ("int64", ()),
+        }
+        return inputs, {"embeddings": ("float32", ("windows", "tokens", self.hidden_size))}
+
+
+def _fits(tensor: TensorInfo, element: str, shape: Shape) -> bool:
+    if tensor.element != element or tensor.shape is None or len(tensor.shape) != len(shape):
+        return False
+    return all(
+        not isinstance(found, int) if isinstance(expected, str) else found == expected
+        for found, expected in zip(tensor.shape, shape, strict=True)
+    )
+
+
+def _require(array: npt.NDArray[Any], name: str, element: str, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.dtype(element) or array.shape != shape:
+        raise InputError(
+            f"is {array.dtype} {list(array.shape)}, expected {element} [n{''.join(f', {n}' for n in shape[1:])}]",
+            field=name,
+        )
+    if not np.isfinite(array).all():
+        raise InputError("has a NaN or an infinity", field=name)
+
+
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None and progress(done, total) is False:
+        raise Cancelled("the encoder was stopped")
+
+
+def _identity(place: str | int) -> tuple[int, int, int, int] | None:
+    """Which file a path or descriptor leads to, and whether it was written since."""
+    try:
+        status = os.stat(place)  # noqa: PTH116 - a Path cannot be a descriptor
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _text(shape: Shape | None) -> str:
+    return "of any shape" if shape is None else f"{list(shape)!r:.200}"

@@ -17,11 +17,19 @@ import phi4edge
 import processes
 from lora_files import merged, random_pairs, write_adapter
 from phi4edge.bundle import MANIFEST, Manifest, Part
+from phi4edge.converters.convert import convert
 from phi4edge.errors import BundleError, Cancelled, FileError, UsageError
 from reference import relative_difference
-from tiny_models import tiny_gguf
+from tiny_adapters import peft_model
+from tiny_checkpoints import tiny_checkpoint
+from tiny_models import tiny_gguf, transformers_logits
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
+ODD_SHAPE: dict[str, Any] = {"layers": 3, "hidden": 320, "heads": 5, "kv_heads": 1, "ffn": 352, "vocab": 320}
+PEFT: dict[str, dict[str, Any]] = {
+    "rank 7": {"r": 7, "lora_alpha": 10},
+    "rslora and ranks of their own": {"r": 8, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"o_proj": 3}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +153,22 @@ def test_the_adapters_of_a_bundle_are_there_by_name(bundle: Path, model: phi4edg
         with pytest.raises(BundleError, match=r"broken.lora.gguf"):
             loaded.generate(TOKENS, adapter="broken")
         assert loaded.generate(TOKENS, max_tokens=2).tokens == model.generate(TOKENS, max_tokens=2).tokens
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_a_converted_adapter_gives_the_logits_of_peft(name: str, tmp_path: Path) -> None:
+    theirs = peft_model(tmp_path / "lora", PEFT[name], **ODD_SHAPE)
+    convert(
+        tiny_checkpoint(tmp_path / "base", **ODD_SHAPE),
+        tmp_path / "bundle",
+        "F32",
+        user_adapters={"mine": tmp_path / "lora"},
+        adapter_quant="F32",
+    )
+    expected = transformers_logits(theirs, TOKENS)
+    with phi4edge.load(tmp_path / "bundle", kv_type="f32") as loaded:
+        assert relative_difference(loaded.logits(TOKENS, adapter="mine"), expected) <= 1e-4
+        assert relative_difference(loaded.logits(TOKENS), expected) > 1e-2
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

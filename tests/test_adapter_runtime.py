@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import closing
 from functools import cache
 from itertools import pairwise
@@ -14,10 +13,11 @@ import numpy.typing as npt
 import pytest
 
 from lora_files import merged, random_pairs, write_adapter
-from peers import LlamaCpp, llama_cpp
+from peers import LlamaCpp
 from phi4edge import _core
 from phi4edge.errors import InputError
 from reference import Reference, log_probabilities, mean_divergence, relative_difference
+from tiny_adapters import set_llama_cpp_adapter
 from tiny_models import tiny_gguf
 
 TOKENS = np.random.default_rng(9).integers(0, 290, 140).astype(np.int32)
@@ -96,12 +96,8 @@ def test_separate_matrices_have_ranks_and_types_of_their_own(models: Path, tmp_p
 
 @cache
 def of_llama_cpp(base: Path, adapter: Path, scale: float) -> Logits:
-    api = llama_cpp()
     with closing(LlamaCpp(base)) as peer:
-        handle = api.llama_adapter_lora_init(peer._model, str(adapter).encode())
-        assert handle, f"llama.cpp does not load {adapter}"
-        handles, scales = (type(handle) * 1)(handle), (ctypes.c_float * 1)(scale)
-        assert api.llama_set_adapters_lora(peer._context, handles, 1, scales) == 0
+        set_llama_cpp_adapter(peer, adapter, scale)
         return log_probabilities(peer.logits(TOKENS.tolist()))
 
 

@@ -148,7 +148,7 @@ const Format& require_format(const gguf::File& file, const gguf::Tensor& tensor)
     std::string names;
     for (int i = 0; i < count; ++i) names += (i ? ", " : "") + std::string(all[i]->name);
     fail_tensor(file, tensor, text("is stored as ", type_text(tensor), ", which we do not read"),
-                "convert it to one of: " + names);
+                "requantize it to one of: " + names);
   }
   // The directory was checked when the file was opened; this guards the reads below against a disagreement about a type.
   if (tensor.n_columns() % format->block_values != 0 ||

@@ -25,7 +25,7 @@ from phi4edge.converters.backbone import encode
 from phi4edge.converters.checkpoint import Checkpoint, SafetensorsFile, SourceTensor, row_pieces, to_float32
 from phi4edge.converters.files import Progress, Written, hashed_file
 from phi4edge.converters.lora import LoraPair, decoder_linears, pair_tensors
-from phi4edge.converters.mixes import fitting_type
+from phi4edge.converters.mixes import ADAPTER_TYPES, fitting_type
 from phi4edge.converters.peft import LoraConfig, alpha_of, rank_of, read_peft_config
 from phi4edge.converters.variants import BackboneConfig, Variant
 from phi4edge.errors import BundleError, FileError, UsageError
@@ -36,11 +36,9 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 
 BUILT_IN = ("vision", "speech")
-# llama.cpp's adapters have the first three; of the others the file says that they are ours.
-ADAPTER_TYPES = ("F32", "F16", "Q8_0", "Q5_0", "IQ4_NL", "Q4_0")
 FORMAT_KEY = "phi4edge.adapter.format"
 
-_LLAMA_CPP_TYPES = ADAPTER_TYPES[:3]
+_LLAMA_CPP_TYPES = ("F32", "F16", "Q8_0")  # of the others the file says that they are ours
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

@@ -1,7 +1,7 @@
 """The vision encoder as an ONNX file: SigLIP tower, 2 x 2 average pool, projector.
 
-inputs   ``pixel_values`` float32 [crops, 3, S, S], normalised; ``patch_mask`` bool [crops, S/P, S/P], True where a patch
-         is part of the picture, which is a rectangle from the upper left; P = 14 pixels
+inputs   ``pixel_values`` float32 [crops, 3, S, S], normalised; ``patch_mask`` bool [crops, S/P, S/P], True where a
+         patch is part of the picture, which is a rectangle from the upper left; P = 14 pixels
 outputs  ``crop_embeddings`` float32 [crops, (S/2P)^2, hidden]; ``row_separator`` and ``view_separator`` float32
          [1, hidden], what stands after each row of a picture and before its overview
 

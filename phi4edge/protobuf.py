@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from phi4edge.errors import BundleError
 
-# Of a whole file.  The full-size encoders have up to 30,000 values; each takes some microseconds and, for a while, room.
+# Of a whole file.  The full-size encoders have up to 30,000 values; each takes some microseconds and a little memory.
 _MOST_VALUES = 100_000
 _MOST_TEXT = 32 << 20  # bytes
 

@@ -17,7 +17,6 @@ import pytest
 
 from peers import LlamaCpp
 from phi4edge.converters.adapters import (
-    ADAPTER_TYPES,
     Adapter,
     adapter_bytes,
     built_in_adapters,
@@ -26,7 +25,7 @@ from phi4edge.converters.adapters import (
 )
 from phi4edge.converters.checkpoint import Checkpoint
 from phi4edge.converters.files import Written
-from phi4edge.converters.mixes import fitting_type
+from phi4edge.converters.mixes import ADAPTER_TYPES, fitting_type
 from phi4edge.converters.variants import BackboneConfig, read_config, variant_of
 from phi4edge.errors import BundleError, FileError, UsageError
 from tiny_adapters import (

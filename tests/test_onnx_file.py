@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.defs
+import onnxruntime
 import pytest
 
-from peers import require
 from phi4edge.encoders import VisionEncoder
 from phi4edge.errors import BundleError, FileError, Phi4EdgeError
 from phi4edge.onnx_file import OPS, inspect_onnx
@@ -32,11 +34,6 @@ EXTERNAL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_onnx() -> None:
-    require("onnx")
-
-
 def external(tensor: Any, entries: dict[str, str], *, location: bool = True) -> None:
     tensor.ClearField("raw_data")
     for key, value in entries.items():
@@ -48,7 +45,7 @@ def external(tensor: Any, entries: dict[str, str], *, location: bool = True) -> 
 
 def constant(model: Any, **fields: Any) -> Any:
     """Adds a node with one attribute, and returns that."""
-    node = require("onnx").helper.make_node("Constant", [], ["added"])
+    node = onnx.helper.make_node("Constant", [], ["added"])
     node.attribute.add(name="value", **fields)
     model.graph.node.insert(0, node)
     return model.graph.node[0].attribute[0]
@@ -313,7 +310,6 @@ def test_L5_a_file_of_2_GiB_is_refused_unread(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [vision_model, audio_model])
 def test_the_summary_says_what_onnx_says(make: Callable[[], Any], tmp_path: Path) -> None:
-    onnx = require("onnx")
     model = make()
     constant(model, type=6, floats=[1.5, 2.5])
     constant(model, type=4, t=onnx.numpy_helper.from_array(np.arange(3, dtype=np.float16))).name = "value"
@@ -345,7 +341,7 @@ def test_the_summary_says_what_onnx_says(make: Callable[[], Any], tmp_path: Path
 
 def test_large_weights_are_not_read(tmp_path: Path) -> None:
     model = vision_model()
-    model.graph.initializer.append(require("onnx").numpy_helper.from_array(np.zeros((1 << 12, 1 << 12), np.float32)))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1 << 12, 1 << 12), np.float32)))
     model.graph.initializer[-1].name = "large"
     path = save(model, tmp_path / "vision.onnx")
     tracemalloc.start()
@@ -357,8 +353,6 @@ def test_large_weights_are_not_read(tmp_path: Path) -> None:
 
 
 def test_every_op_of_the_list_exists() -> None:
-    onnx, onnxruntime = require("onnx"), require("onnxruntime")
-    require("onnx.defs")
     assert {op for op in OPS[""] if not onnx.defs.has(op)} == set()
     schemas = onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema()
     assert OPS["com.microsoft"] <= {schema.name for schema in schemas if schema.domain == "com.microsoft"}
@@ -378,8 +372,6 @@ def mutants(data: bytes, n_mutants: int) -> Iterator[bytes]:
 
 
 def test_L5_mutants_are_read_as_others_read_them_or_refused(tmp_path: Path) -> None:
-    onnx = require("onnx")
-    require("onnxruntime")
     path = tmp_path / "vision.onnx"
     n_read = 0
     for mutant in mutants(model_bytes(), 300):

@@ -22,7 +22,7 @@ from phi4edge.converters.variants import variant_of
 from phi4edge.converters.vision import VisionGraph, build_vision, write_vision
 from phi4edge.errors import BundleError
 from tiny_checkpoints import safetensors_bytes
-from tiny_media import MEDIA, MEDIA_LAYOUTS, MediaShape, media_model, original_name, tiny_multimodal
+from tiny_media import MEDIA, MEDIA_LAYOUTS, MediaShape, media_model, media_tensors, original_name, tiny_multimodal
 from tiny_models import Array
 
 TOWER = f"{MEDIA}image_embed.img_processor."
@@ -156,20 +156,20 @@ def test_both_layouts_become_the_same_valid_file(precision: str, tmp_path: Path)
 
 
 def test_int8_keeps_channels_that_stand_out(tmp_path: Path) -> None:
-    """Trained towers have a few channels that are 20 to 50 times as large as the others."""
-    rng = np.random.default_rng(3)
-    changes: dict[str, Array | None] = {}
-    for layer in range(2):
-        for norm in ("layer_norm1", "layer_norm2"):
-            scale = np.ones(128, np.float32)
-            scale[rng.choice(128, 4, replace=False)] = (20, 30, 40, 50)
-            changes[f"{TOWER}encoder.layers.{layer}.{norm}.weight"] = scale
-    checkpoint = tiny_multimodal(tmp_path / "checkpoint", changes=changes, vision_hidden=128, vision_ffn=300)
-    inputs = crops(MediaShape(), RECTANGLES)
+    """As in trained towers: a few channels are 20 to 50 times as large as the others, and their weights small."""
+    sizes: dict[str, Any] = {"vision_hidden": 128, "vision_ffn": 300}
+    tensors = media_tensors(MediaShape(**sizes))
+    channels = np.random.default_rng(3).choice(128, 4, replace=False)
+    for name, values in tensors.items():
+        if "image_embed" in name and ("layer_norm1.weight" in name or "layer_norm2.weight" in name):
+            values[channels] *= (20, 30, 40, 50)
+        if "image_embed" in name and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")):
+            values[:, channels] *= 0.1
+    checkpoint = tiny_multimodal(tmp_path / "checkpoint", changes=tensors, **sizes)
     outputs = []
     for precision in ("fp32", "int8"):
         convert(checkpoint, tmp_path / precision, precision)
-        outputs.append(run(tmp_path / precision, *inputs)[0])
+        outputs.append(run(tmp_path / precision, *crops(MediaShape(), RECTANGLES))[0])
     assert cosines(*outputs).min() > 0.999
 
 
@@ -269,14 +269,16 @@ def _change_config(path: Path, key: str, changes: Mapping[str, Any] | None) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_memory_does_not_grow_with_the_model(precision: str, tmp_path: Path) -> None:
-    sizes = {"vision_hidden": 256, "vision_ffn": 640, "vision_layers": 20, "crop_size": 56}
+    sizes: dict[str, Any] = {"vision_hidden": 192, "vision_ffn": 400, "vision_layers": 12, "crop_size": 56}
     checkpoint = tiny_multimodal(tmp_path / "checkpoint", **sizes)
-    largest = 3 * 256 * 256 * 4  # bytes of queries, keys and values of a layer
-    tracemalloc.start()
-    try:
-        _, written = convert(checkpoint, tmp_path / "vision.onnx", precision)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert written.n_bytes > 10 * largest
-    assert peak < 6 * largest
+    largest = 3 * 192 * 192 * 4  # bytes of the queries, keys and values of a layer
+    with Checkpoint(checkpoint) as source:
+        plan = build_vision(source, variant_of(source), MediaShape().hidden, precision)
+        tracemalloc.start()
+        try:
+            write_vision(tmp_path / "vision.onnx", plan, lambda name, done, total: None)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert plan.weights.n_bytes > 25 * largest
+    assert peak < 5 * largest

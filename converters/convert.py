@@ -126,6 +126,8 @@ class _Planner:
             from phi4edge.converters.imatrix import read_imatrix
 
             self._imatrix = read_imatrix(Path(options.imatrix))
+            matrices = (assignment for assignment, _, _ in self._backbone.tensors if len(assignment.shape) == 2)
+            self._imatrix.require_model({f"{matrix.target}.weight": matrix.shape[1] for matrix in matrices})
         self._adapters: dict[str, Adapter] = {}
         if self._variant.is_multimodal or options.user_adapters or options.merged:
             self._adapters = self._read_adapters(self._backbone.config, opened)

@@ -1,36 +1,34 @@
 // Codes into the bytes of a block: the opposite of each format's codes().
+//
+// Part of quantize-inl.h.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#include "quant/formats.h"
-
 namespace phi4edge {
+namespace {
 
-inline void join_nibbles(const uint8_t* codes, uint8_t* q) {
+PHI4EDGE_INLINE void join_nibbles(const uint8_t* codes, uint8_t* q) {
   for (int i = 0; i < 16; ++i) q[i] = uint8_t((codes[i] & 15) | codes[i + 16] << 4);
 }
 
 // Bit i of `high` is bit 4 of code i.
-inline void join_fifth_bits(const uint8_t* codes, uint8_t* high) {
+PHI4EDGE_INLINE void join_fifth_bits(const uint8_t* codes, uint8_t* high) {
   std::memset(high, 0, 4);
   for (int i = 0; i < 32; ++i) high[i / 8] = uint8_t(high[i / 8] | (codes[i] >> 4 & 1) << (i % 8));
 }
 
 // As in Q4_K: for each 64 values, the first 32 in the low nibbles and the last 32 in the high nibbles.
-inline void join_nibbles_of_256(const uint8_t* codes, uint8_t* q) {
+PHI4EDGE_INLINE void join_nibbles_of_256(const uint8_t* codes, uint8_t* q) {
   for (int i = 0; i < 128; ++i) q[i] = uint8_t((codes[i / 32 * 64 + i % 32] & 15) | codes[i / 32 * 64 + 32 + i % 32] << 4);
 }
 
 // Bit j of byte l is bit `bit` of code 32 j + l.
-inline void join_bit_of_256(const uint8_t* codes, int bit, uint8_t* high) {
+PHI4EDGE_INLINE void join_bit_of_256(const uint8_t* codes, int bit, uint8_t* high) {
   std::memset(high, 0, 32);
   for (int i = 0; i < 256; ++i) high[i % 32] = uint8_t(high[i % 32] | (codes[i] >> bit & 1) << (i / 32));
 }
 
 // Per 128 values: bits 2 j and 2 j + 1 of byte l are bits `bit` and `bit` + 1 of code 32 j + l.
-inline void join_pairs_of_256(const uint8_t* codes, int bit, uint8_t* pairs) {
+PHI4EDGE_INLINE void join_pairs_of_256(const uint8_t* codes, int bit, uint8_t* pairs) {
   std::memset(pairs, 0, 64);
   for (int i = 0; i < 256; ++i) {
     uint8_t& byte = pairs[i / 128 * 32 + i % 32];
@@ -38,31 +36,31 @@ inline void join_pairs_of_256(const uint8_t* codes, int bit, uint8_t* pairs) {
   }
 }
 
-inline void store_codes(const uint8_t* codes, Q8_0::Block& block) { std::memcpy(block.q, codes, sizeof block.q); }
-inline void store_codes(const uint8_t* codes, Q4_0::Block& block) { join_nibbles(codes, block.q); }
-inline void store_codes(const uint8_t* codes, Q4_1::Block& block) { join_nibbles(codes, block.q); }
-inline void store_codes(const uint8_t* codes, IQ4_NL::Block& block) { join_nibbles(codes, block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q8_0::Block& block) { std::memcpy(block.q, codes, sizeof block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q4_0::Block& block) { join_nibbles(codes, block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q4_1::Block& block) { join_nibbles(codes, block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, IQ4_NL::Block& block) { join_nibbles(codes, block.q); }
 template <class Block>
 void store_five_bit_codes(const uint8_t* codes, Block& block) {
   join_nibbles(codes, block.q);
   join_fifth_bits(codes, block.high);
 }
-inline void store_codes(const uint8_t* codes, Q5_0::Block& block) { store_five_bit_codes(codes, block); }
-inline void store_codes(const uint8_t* codes, Q5_1::Block& block) { store_five_bit_codes(codes, block); }
-inline void store_codes(const uint8_t* codes, IQ4_XS::Block& block) {
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q5_0::Block& block) { store_five_bit_codes(codes, block); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q5_1::Block& block) { store_five_bit_codes(codes, block); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, IQ4_XS::Block& block) {
   for (int j = 0; j < 8; ++j) join_nibbles(codes + 32 * j, block.q + 16 * j);
 }
-inline void store_codes(const uint8_t* codes, Q2_K::Block& block) { join_pairs_of_256(codes, 0, block.q); }
-inline void store_codes(const uint8_t* codes, Q3_K::Block& block) {
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q2_K::Block& block) { join_pairs_of_256(codes, 0, block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q3_K::Block& block) {
   join_pairs_of_256(codes, 0, block.low);
   join_bit_of_256(codes, 2, block.high);
 }
-inline void store_codes(const uint8_t* codes, Q4_K::Block& block) { join_nibbles_of_256(codes, block.q); }
-inline void store_codes(const uint8_t* codes, Q5_K::Block& block) {
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q4_K::Block& block) { join_nibbles_of_256(codes, block.q); }
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q5_K::Block& block) {
   join_nibbles_of_256(codes, block.q);
   join_bit_of_256(codes, 4, block.high);
 }
-inline void store_codes(const uint8_t* codes, Q6_K::Block& block) {
+PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q6_K::Block& block) {
   for (int i = 0; i < 128; ++i) {  // low nibbles are values 0-63 of each 128, high nibbles 64-127
     const uint8_t* half = codes + i / 64 * 128 + i % 64;
     block.low[i] = uint8_t((half[0] & 15) | half[64] << 4);
@@ -71,7 +69,7 @@ inline void store_codes(const uint8_t* codes, Q6_K::Block& block) {
 }
 
 // The scales of the sub-blocks.
-inline void store_scales(const int* s, IQ4_XS::Block& block) {  // -32..31
+PHI4EDGE_INLINE void store_scales(const int* s, IQ4_XS::Block& block) {  // -32..31
   block.high = 0;
   std::memset(block.low, 0, sizeof block.low);
   for (int j = 0; j < 8; ++j) {
@@ -80,7 +78,7 @@ inline void store_scales(const int* s, IQ4_XS::Block& block) {  // -32..31
     block.high = uint16_t(block.high | (biased >> 4) << (2 * j));
   }
 }
-inline void store_scales(const int* s, Q3_K::Block& block) {  // -32..31
+PHI4EDGE_INLINE void store_scales(const int* s, Q3_K::Block& block) {  // -32..31
   std::memset(block.packed, 0, sizeof block.packed);
   for (int j = 0; j < 16; ++j) {
     const int biased = s[j] + 32;
@@ -89,10 +87,10 @@ inline void store_scales(const int* s, Q3_K::Block& block) {  // -32..31
     high = uint8_t(high | (biased >> 4) << (j / 4 * 2));
   }
 }
-inline void store_scales(const int* s, Q6_K::Block& block) {  // -128..127
+PHI4EDGE_INLINE void store_scales(const int* s, Q6_K::Block& block) {  // -128..127
   for (int j = 0; j < 16; ++j) block.s[j] = int8_t(s[j]);
 }
-inline void store_scales(const int* s, const int* m, Q2_K::Block& block) {  // 0..15
+PHI4EDGE_INLINE void store_scales(const int* s, const int* m, Q2_K::Block& block) {  // 0..15
   for (int j = 0; j < 16; ++j) block.nibbles[j] = uint8_t(s[j] | m[j] << 4);
 }
 template <class Block>  // Q4_K, Q5_K: 0..63
@@ -104,4 +102,5 @@ void store_scales(const int* s, const int* m, Block& block) {
   }
 }
 
+}  // namespace
 }  // namespace phi4edge

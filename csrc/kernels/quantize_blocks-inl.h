@@ -1,12 +1,7 @@
 // Floats to blocks of 32 values with one half scale (and perhaps a half minimum).
-
-#include "quant/quantize_blocks.h"
-
-#include <algorithm>
-#include <type_traits>
-
-#include "quant/fit.h"
-#include "quant/store_codes.h"
+//
+// Part of quantize-inl.h.
+#pragma once
 
 namespace phi4edge {
 namespace {
@@ -45,24 +40,15 @@ struct Search<Q4_1> {
   static constexpr float kTrim = 0.05f;
 };
 
-// The block on its grid.
-struct Scaled {
-  float x[32];
-  HalfGrid grid;
-  explicit Scaled(const float* values) : grid(std::fabs(largest_of<32>(values))) {
-    for (int i = 0; i < 32; ++i) x[i] = grid.to_block(values[i]);
-  }
-};
-
 template <class F>
 void quantize_with_scale(const float* values, const float* w, typename F::Block& block) {
   using S = Search<F>;
   using Levels = typename S::Levels;
-  const Scaled scaled(values);
+  const Scaled<32> scaled(values);
   float best_error = 0, best_scale = 0;
   for (int i = 0; i < 32; ++i) best_error += w[i] * scaled.x[i] * scaled.x[i];
-  search_scales<Levels, 32, 16>(scaled.x, w, S::kMost, S::kLeast, 2, [&](ScaleFits<16>& fits) {
-    for (float& scale : fits.scale) scale = scaled.grid.round(scale);
+  search_scales<Levels, 32>(scaled.x, w, S::kMost, S::kLeast, ROUNDS_A, [&](ScaleFits<16>& fits) {
+    scaled.grid.round(fits.scale);
     assign<Levels, 32>(scaled.x, w, fits);
     const int k = smallest(fits.error);
     if (fits.error[k] < best_error) best_error = fits.error[k], best_scale = fits.scale[k];
@@ -79,12 +65,10 @@ void quantize_with_scale(const float* values, const float* w, typename F::Block&
 template <class F>
 void quantize_with_minimum(const float* values, const float* w, typename F::Block& block) {
   using Levels = typename Search<F>::Levels;
-  const Scaled scaled(values);
-  LineFits<16> fits;
-  search_lines<Levels, 32>(scaled.x, w, Search<F>::kTrim, true, 3, fits);
-  for (int k = 0; k < 16; ++k) {
-    fits.scale[k] = scaled.grid.round(fits.scale[k]), fits.offset[k] = scaled.grid.round(fits.offset[k]);
-  }
+  const Scaled<32> scaled(values);
+  LineFits fits;
+  search_lines<Levels, 32, true>(scaled.x, w, sum_of<32>(w), Search<F>::kTrim, ROUNDS_B, fits);
+  scaled.grid.round(fits.scale), scaled.grid.round(fits.offset);
   fits.scale[15] = fits.offset[15] = 0;  // best for values below the least half
   assign<Levels, 32>(scaled.x, w, fits);
   const int k = smallest(fits.error);
@@ -95,12 +79,9 @@ void quantize_with_minimum(const float* values, const float* w, typename F::Bloc
   store_codes(codes, block);
 }
 
-}  // namespace
-
-#define X(F, function)                                                           \
-  template <>                                                                    \
-  void quantize_block<F>(const float* x, const float* weight, F::Block& block) { \
-    function<F>(x, weight, block);                                               \
+#define X(F, function)                                                                            \
+  PHI4EDGE_INLINE void quantize_block(const float* x, const float* weight, F::Block& block, F*) { \
+    function<F>(x, weight, block);                                                                \
   }
 X(Q8_0, quantize_with_scale)
 X(Q4_0, quantize_with_scale)
@@ -110,4 +91,5 @@ X(Q4_1, quantize_with_minimum)
 X(Q5_1, quantize_with_minimum)
 #undef X
 
+}  // namespace
 }  // namespace phi4edge

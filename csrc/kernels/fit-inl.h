@@ -1,0 +1,349 @@
+// The search for a scale (and an offset) of a few values: sixteen candidates at a time, one in each lane.
+//
+// With the codes q fixed, the best scale is a least-squares fit; with the scale fixed, the best codes are the nearest ones.
+// Each round assigns codes and then refits, and never makes the error larger.  Sums are over residuals of the current fit,
+// not over the values, so that they keep their digits when the error is small.
+//
+// Part of quantize-inl.h.  A lane does the same operations in the same order whatever the width of the registers, and nothing
+// is fused, so every instruction set gives the same bytes.
+#pragma once
+
+namespace phi4edge {
+namespace {
+
+// GCC's and Clang's portable vectors.
+#if defined(__AVX512F__)
+constexpr int kRegisterLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kRegisterLanes = 8;
+#else
+constexpr int kRegisterLanes = 4;  // SSE on x86, NEON on Arm
+#endif
+template <int Lanes>
+struct VectorOf {
+  typedef float Floats __attribute__((vector_size(4 * Lanes)));
+  typedef int32_t Ints __attribute__((vector_size(4 * Lanes)));
+};
+constexpr int register_lanes(int k) { return k < kRegisterLanes ? k : kRegisterLanes; }
+template <int K>  // a register for K floats, or for a part of them
+using Floats = typename VectorOf<register_lanes(K)>::Floats;
+
+template <class T>
+PHI4EDGE_INLINE T load(const float* from) {
+  T values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+template <class T>
+PHI4EDGE_INLINE void store(T values, float* to) {
+  std::memcpy(to, &values, sizeof values);
+}
+PHI4EDGE_INLINE float least(float a, float b) { return a < b ? a : b; }
+PHI4EDGE_INLINE float most(float a, float b) { return a > b ? a : b; }
+PHI4EDGE_INLINE float magnitude(float a) { return a < 0 ? -a : a; }
+PHI4EDGE_INLINE int clamp(int a, int low, int high) { return a < low ? low : a > high ? high : a; }
+template <class T>
+PHI4EDGE_INLINE T magnitude(T a) {
+  return a < 0 ? -a : a;
+}
+template <class T>
+PHI4EDGE_INLINE T clamp(T a, float low, float high) {
+  const T lowest = T{} + low, highest = T{} + high;
+  a = a < lowest ? lowest : a;
+  return a > highest ? highest : a;
+}
+template <class T>
+PHI4EDGE_INLINE T inverse_of(T scale) {
+  return magnitude(scale) < 1e-30f ? T{} : 1.0f / scale;
+}
+
+constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
+PHI4EDGE_INLINE float nearest_integer(float value) { return (value + kRound) - kRound; }
+
+// Levels a code stands for: the integers Lo..Hi.
+template <int Lo, int Hi>
+struct Integers {
+  static constexpr float kLowest = float(Lo), kHighest = float(Hi);
+  template <class T>
+  PHI4EDGE_INLINE static T nearest(T y) {
+    return (clamp(y, kLowest, kHighest) + kRound) - kRound;
+  }
+  PHI4EDGE_INLINE static uint8_t index(float level) { return uint8_t(int(level) - Lo); }
+};
+
+// The nearest entry of the table of IQ4_NL.  Borders between entries are multiples of 1/2, so the floor of 2 y is enough.
+struct NearestIq4 {
+  float level[481] = {};  // for y = -127 + half / 2
+  constexpr NearestIq4() {
+    for (int half = 0, i = 0; half <= 480; ++half) {
+      while (i < 15 && half - 254 >= kIq4Table[i] + kIq4Table[i + 1]) ++i;
+      level[half] = float(kIq4Table[i]);
+    }
+  }
+};
+constexpr NearestIq4 kNearestIq4{};
+
+struct Iq4Levels {
+  static constexpr float kLowest = -127, kHighest = 113;
+  template <class T>
+  PHI4EDGE_INLINE static T nearest(T y) {
+    constexpr int kLanes = sizeof(T) / 4;
+    const auto at = __builtin_convertvector(2 * (clamp(y, kLowest, kHighest) - kLowest), typename VectorOf<kLanes>::Ints);
+    T levels;
+    for (int lane = 0; lane < kLanes; ++lane) levels[lane] = kNearestIq4.level[at[lane]];
+    return levels;
+  }
+  PHI4EDGE_INLINE static uint8_t index(float level) {
+    int i = 0;
+    for (int border = 0; border < 15; ++border) i += float(kIq4Table[border]) < level;
+    return uint8_t(i);
+  }
+};
+
+// Blocks are scaled by a power of two, to a largest magnitude in 1..2; the halves of the file then lie on this grid.
+class HalfGrid {
+ public:
+  explicit HalfGrid(float largest) {
+    // The exponent of the largest value; smaller blocks than 2^-40 are zero in every format.
+    int exponent = int(std::bit_cast<uint32_t>(largest) >> 23) - 127;
+    exponent = clamp(exponent, -40, 126);
+    to_block_ = std::bit_cast<float>(uint32_t(127 - exponent) << 23);
+    to_file_ = std::bit_cast<float>(uint32_t(127 + exponent) << 23);
+  }
+  float to_block(float value) const { return value * to_block_; }
+  Half half(float scaled) const { return float_to_half(least(most(scaled * to_file_, -65504.0f), 65504.0f)); }
+  float round(float scaled) const { return to_block(half_to_float(half(scaled))); }
+  // The same for many: to multiples of the least half, and then to eleven bits.
+  template <int K>
+  PHI4EDGE_INLINE void round(float (&scaled)[K]) const {
+    const float largest = 65504.0f * to_block_, shift = kRound * 0x1p-24f * to_block_;
+    for (int k = 0; k < K; ++k) {
+      const float value = (least(most(scaled[k], -largest), largest) + shift) - shift, spread = value * 8193.0f;
+      scaled[k] = spread - (spread - value);
+    }
+  }
+
+ private:
+  float to_block_, to_file_;
+};
+
+// N values on their grid.
+template <int N>
+struct Scaled {
+  alignas(64) float x[N];
+  HalfGrid grid;
+  PHI4EDGE_INLINE explicit Scaled(const float* values) : grid(magnitude_of_all(values)) {
+    for (int i = 0; i < N; ++i) x[i] = grid.to_block(values[i]);
+  }
+  PHI4EDGE_INLINE static float magnitude_of_all(const float* values) {
+    using T = Floats<16>;
+    T largest{};
+    for (int i = 0; i < N; i += kRegisterLanes) {
+      const T x = magnitude(load<T>(values + i));
+      largest = x > largest ? x : largest;
+    }
+    float all = 0;
+    for (int lane = 0; lane < kRegisterLanes; ++lane) all = most(all, largest[lane]);
+    return all;
+  }
+};
+
+// The lane with the smallest error, which is not negative; the number of the lane replaces the last bits.
+template <int K>
+PHI4EDGE_INLINE int smallest(const float (&error)[K]) {
+  alignas(64) int32_t keys[K];
+  std::memcpy(keys, error, sizeof keys);
+  for (int k = 0; k < K; ++k) keys[k] = (keys[k] & 0x7ffffff0) | k;
+  for (int half = K / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) keys[k] = keys[k] < keys[k + half] ? keys[k] : keys[k + half];
+  }
+  return keys[0] & 15;
+}
+
+// ---- x = scale * q
+
+template <int K>
+struct ScaleFits {
+  alignas(64) float scale[K];
+  alignas(64) float error[K], rq[K], qq[K];  // sums of w r r, w r q and w q q, with r = x - scale * q
+};
+
+template <class Levels, int N, int K>
+PHI4EDGE_INLINE void assign(const float* x, const float* w, ScaleFits<K>& fits) {
+  using T = Floats<K>;
+  for (int k = 0; k < K; k += register_lanes(K)) {
+    const T scale = load<T>(fits.scale + k), inverse = inverse_of(scale);
+    T error{}, rq{}, qq{};
+    for (int i = 0; i < N; ++i) {
+      const T q = Levels::nearest(x[i] * inverse);
+      const T r = x[i] - scale * q, wr = w[i] * r;
+      error += wr * r;
+      rq += wr * q;
+      qq += w[i] * q * q;
+    }
+    store(error, fits.error + k), store(rq, fits.rq + k), store(qq, fits.qq + k);
+  }
+}
+
+// Moves to the best scales for the codes, and the errors with them.
+template <int K>
+PHI4EDGE_INLINE void refit(ScaleFits<K>& fits) {
+  using T = Floats<K>;
+  for (int k = 0; k < K; k += register_lanes(K)) {
+    const T rq = load<T>(fits.rq + k), qq = load<T>(fits.qq + k), error = load<T>(fits.error + k);
+    const T step = qq > 1e-30f ? rq / qq : T{}, rest = error - step * rq;
+    store(load<T>(fits.scale + k) + step, fits.scale + k);
+    store(rest > 0 ? rest : T{}, fits.error + k);
+  }
+}
+
+// Start scales: the value `extreme` becomes a level from `most` to `least` times the highest and the lowest one.
+template <class Levels>
+PHI4EDGE_INLINE void start_scales(float extreme, float most, float least, ScaleFits<16>& fits) {
+  for (int k = 0; k < 16; ++k) {
+    const float share = most + (least - most) * float(k / 2) * (1.0f / 7);
+    fits.scale[k] = extreme / (share * (k % 2 ? Levels::kHighest : Levels::kLowest));
+  }
+}
+
+// The value with the largest weighted square.  The order of the comparisons does not depend on the registers.
+template <int N>
+PHI4EDGE_INLINE float heaviest_of(const float* x, const float* w) {
+  constexpr int kLanes = N < 16 ? N : 16;
+  alignas(64) float value[kLanes], weight[kLanes];
+  for (int k = 0; k < kLanes; ++k) value[k] = x[k], weight[k] = w[k] * x[k] * x[k];
+  for (int i = kLanes; i < N; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) {
+      const float other = w[i + k] * x[i + k] * x[i + k];
+      value[k] = other > weight[k] ? x[i + k] : value[k];
+      weight[k] = other > weight[k] ? other : weight[k];
+    }
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) {
+      value[k] = weight[k + half] > weight[k] ? value[k + half] : value[k];
+      weight[k] = weight[k + half] > weight[k] ? weight[k + half] : weight[k];
+    }
+  }
+  return value[0];
+}
+alignas(64) constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// Refined scales of several starts: from the largest value, and from the one that weighs most.  `visit` gets each batch.
+template <class Levels, int N, class Visit>
+PHI4EDGE_INLINE void search_scales(const float* x, const float* w, float most, float least, int n_rounds, Visit&& visit) {
+  const float extremes[2] = {heaviest_of<N>(x, kOnes), heaviest_of<N>(x, w)};
+  for (int start = 0; start < (extremes[0] == extremes[1] ? 1 : 2); ++start) {
+    ScaleFits<16> fits;
+    start_scales<Levels>(extremes[start], most, least, fits);
+    for (int round = 0; round < n_rounds; ++round) {
+      assign<Levels, N>(x, w, fits);
+      refit(fits);
+    }
+    visit(fits);
+  }
+}
+
+// ---- x = scale * q + offset
+
+struct LineFits {
+  static constexpr int K = 16;
+  alignas(64) float scale[K], offset[K];
+  // Sums of w r r, w r, w r q, w q and w q q, with r = x - scale * q - offset
+  alignas(64) float error[K], r[K], rq[K], q[K], qq[K];
+};
+
+template <class Levels, int N>
+PHI4EDGE_INLINE void assign(const float* x, const float* w, LineFits& fits) {
+  using T = Floats<16>;
+  for (int k = 0; k < 16; k += kRegisterLanes) {
+    const T scale = load<T>(fits.scale + k), offset = load<T>(fits.offset + k), inverse = inverse_of(scale);
+    T error{}, sum_r{}, rq{}, sum_q{}, qq{};
+    for (int i = 0; i < N; ++i) {
+      const T above = x[i] - offset, q = Levels::nearest(above * inverse);
+      const T r = above - scale * q, wr = w[i] * r, wq = w[i] * q;
+      error += wr * r;
+      sum_r += wr;
+      rq += wr * q;
+      sum_q += wq;
+      qq += wq * q;
+    }
+    store(error, fits.error + k), store(sum_r, fits.r + k), store(rq, fits.rq + k);
+    store(sum_q, fits.q + k), store(qq, fits.qq + k);
+  }
+}
+
+// Moves to the best lines for the codes, and the errors with them.  `sum_w` is the sum of all weights.  A format without
+// positive offsets gets the best line through zero instead.
+template <bool kMayBePositive>
+PHI4EDGE_INLINE void refit(float sum_w, LineFits& fits) {
+  using T = Floats<16>;
+  for (int k = 0; k < 16; k += kRegisterLanes) {
+    const T scale = load<T>(fits.scale + k), offset = load<T>(fits.offset + k), r = load<T>(fits.r + k);
+    const T rq = load<T>(fits.rq + k), q = load<T>(fits.q + k), qq = load<T>(fits.qq + k), error = load<T>(fits.error + k);
+    const T determinant = qq * sum_w - q * q, inverse = 1.0f / determinant;
+    T scale_step = (rq * sum_w - r * q) * inverse, offset_step = (r * qq - rq * q) * inverse;
+    // One code for all, or an offset that may not be: only one of the two moves freely.
+    T other_scale_step{}, other_offset_step{};
+    auto is_line = determinant > 1e-6f * qq * sum_w;
+    if constexpr (kMayBePositive) {
+      other_offset_step = r / sum_w;
+    } else {
+      is_line &= offset + offset_step <= 0.0f;
+      other_offset_step = -offset;
+      other_scale_step = qq > 1e-30f ? (rq + offset * q) / qq : T{};
+    }
+    scale_step = is_line ? scale_step : other_scale_step, offset_step = is_line ? offset_step : other_offset_step;
+    const T gain = scale_step * (2.0f * rq - qq * scale_step - 2.0f * q * offset_step) + offset_step * (2.0f * r - sum_w * offset_step);
+    const T rest = error - gain;
+    store(scale + scale_step, fits.scale + k), store(offset + offset_step, fits.offset + k);
+    store(rest > 0 ? rest : T{}, fits.error + k);
+  }
+}
+
+// Sixteen starts, refined: the range of the values with 0 to 3 times `trim` of it off the low end, and off the high end 0 to 2
+// times, or with one level left unused (weights that were quantized before often lie on such a grid).
+template <class Levels, int N, bool kMayBePositive>
+PHI4EDGE_INLINE void search_lines(const float* x, const float* w, float sum_w, float trim, int n_rounds, LineFits& fits) {
+  float low = x[0], high = x[0];
+  for (int i = 0; i < N; ++i) low = least(low, x[i]), high = most(high, x[i]);
+  if (!kMayBePositive) low = least(low, 0.0f), high = most(high, 0.0f);
+  const float range = high - low;
+  for (int k = 0; k < 16; ++k) {
+    const float from = low + range * trim * float(k % 4);
+    const float to = k / 4 == 3 ? high + range * (1 / (Levels::kHighest - 1)) : high - range * trim * float(k / 4);
+    fits.offset[k] = kMayBePositive ? from : least(from, 0.0f);
+    fits.scale[k] = most(to - from, 0.0f) * (1 / Levels::kHighest);
+  }
+  for (int round = 0; round < n_rounds; ++round) {
+    assign<Levels, N>(x, w, fits);
+    refit<kMayBePositive>(sum_w, fits);
+  }
+}
+
+template <int N>
+PHI4EDGE_INLINE float most_of(const float (&x)[N]) {
+  float best = x[0];
+  for (int i = 1; i < N; ++i) best = most(best, x[i]);
+  return best;
+}
+template <int N>
+PHI4EDGE_INLINE float sum_of(const float* w) {
+  float sum = 0;
+  for (int i = 0; i < N; ++i) sum += w[i];
+  return sum;
+}
+
+// The codes of a final fit, as the file counts them (from 0).
+template <class Levels, int N>
+PHI4EDGE_INLINE void final_codes(const float* x, float scale, float offset, uint8_t* codes) {
+  using T = Floats<N>;
+  const float inverse = magnitude(scale) < 1e-30f ? 0.0f : 1.0f / scale;
+  alignas(64) float levels[N];
+  for (int i = 0; i < N; i += register_lanes(N)) store(Levels::nearest((load<T>(x + i) - offset) * inverse), levels + i);
+  for (int i = 0; i < N; ++i) codes[i] = Levels::index(levels[i]);
+}
+
+}  // namespace
+}  // namespace phi4edge

@@ -12,13 +12,6 @@ namespace phi4edge {
 namespace {
 
 // GCC's and Clang's portable vectors.
-#if defined(__AVX512F__)
-constexpr int kRegisterLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kRegisterLanes = 8;
-#else
-constexpr int kRegisterLanes = 4;  // SSE on x86, NEON on Arm
-#endif
 template <int Lanes>
 struct VectorOf {
   typedef float Floats __attribute__((vector_size(4 * Lanes)));
@@ -148,16 +141,15 @@ struct Scaled {
   }
 };
 
-// The lane with the smallest error, which is not negative; the number of the lane replaces the last bits.
+// The lane with the smallest error, which is not negative; the number of the lane replaces its last bits.
 template <int K>
 PHI4EDGE_INLINE int smallest(const float (&error)[K]) {
   alignas(64) int32_t keys[K];
   std::memcpy(keys, error, sizeof keys);
   for (int k = 0; k < K; ++k) keys[k] = (keys[k] & 0x7ffffff0) | k;
-  for (int half = K / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) keys[k] = keys[k] < keys[k + half] ? keys[k] : keys[k + half];
-  }
-  return keys[0] & 15;
+  int32_t least = keys[0];
+  for (int k = 1; k < K; ++k) least = keys[k] < least ? keys[k] : least;
+  return least & 15;
 }
 
 // ---- x = scale * q
@@ -197,51 +189,67 @@ PHI4EDGE_INLINE void refit(ScaleFits<K>& fits) {
   }
 }
 
-// Start scales: the value `extreme` becomes a level from `most` to `least` times the highest and the lowest one.
-template <class Levels>
-PHI4EDGE_INLINE void start_scales(float extreme, float most, float least, ScaleFits<16>& fits) {
-  for (int k = 0; k < 16; ++k) {
-    const float share = most + (least - most) * float(k / 2) * (1.0f / 7);
-    fits.scale[k] = extreme / (share * (k % 2 ? Levels::kHighest : Levels::kLowest));
+// Value k becomes value k + Half where that one weighs more, and so on down to one.
+template <int Half>
+PHI4EDGE_INLINE void fold(float* value, float* weight) {
+  using T = Floats<Half>;
+  for (int k = 0; k < Half; k += register_lanes(Half)) {
+    const T a = load<T>(weight + k), b = load<T>(weight + k + Half);
+    store(b > a ? load<T>(value + k + Half) : load<T>(value + k), value + k);
+    store(b > a ? b : a, weight + k);
+  }
+  if constexpr (Half > 4) {
+    fold<Half / 2>(value, weight);
+  } else {
+    for (int k = 1; k < 4; ++k) {
+      value[0] = weight[k] > weight[0] ? value[k] : value[0];
+      weight[0] = weight[k] > weight[0] ? weight[k] : weight[0];
+    }
   }
 }
 
-// The value with the largest weighted square.  The order of the comparisons does not depend on the registers.
+// The value with the largest weighted square.
 template <int N>
 PHI4EDGE_INLINE float heaviest_of(const float* x, const float* w) {
-  constexpr int kLanes = N < 16 ? N : 16;
-  alignas(64) float value[kLanes], weight[kLanes];
-  for (int k = 0; k < kLanes; ++k) value[k] = x[k], weight[k] = w[k] * x[k] * x[k];
-  for (int i = kLanes; i < N; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) {
-      const float other = w[i + k] * x[i + k] * x[i + k];
-      value[k] = other > weight[k] ? x[i + k] : value[k];
-      weight[k] = other > weight[k] ? other : weight[k];
-    }
+  using T = Floats<N>;
+  alignas(64) float value[N], weight[N];
+  for (int i = 0; i < N; i += register_lanes(N)) {
+    const T x_i = load<T>(x + i);
+    store(x_i, value + i), store(load<T>(w + i) * x_i * x_i, weight + i);
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) {
-      value[k] = weight[k + half] > weight[k] ? value[k + half] : value[k];
-      weight[k] = weight[k + half] > weight[k] ? weight[k + half] : weight[k];
-    }
-  }
+  fold<N / 2>(value, weight);
   return value[0];
 }
 alignas(64) constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Refined scales of several starts: from the largest value, and from the one that weighs most.  `visit` gets each batch.
-template <class Levels, int N, class Visit>
-PHI4EDGE_INLINE void search_scales(const float* x, const float* w, float most, float least, int n_rounds, Visit&& visit) {
-  const float extremes[2] = {heaviest_of<N>(x, kOnes), heaviest_of<N>(x, w)};
-  for (int start = 0; start < (extremes[0] == extremes[1] ? 1 : 2); ++start) {
-    ScaleFits<16> fits;
-    start_scales<Levels>(extremes[start], most, least, fits);
-    for (int round = 0; round < n_rounds; ++round) {
-      assign<Levels, N>(x, w, fits);
-      refit(fits);
+// What to multiply an extreme value with to get a scale: it becomes a level from kMost to kLeast times the highest and the
+// lowest one.
+template <class S>
+struct ScaleStarts {
+  static constexpr int K = S::kStarts;
+  alignas(64) float all[K], halves[K];  // halves: the range twice, in half as many steps
+  constexpr ScaleStarts() : all(), halves() {
+    for (int k = 0; k < K; ++k) {
+      const float level = k % 2 ? S::Levels::kHighest : S::Levels::kLowest, range = S::kLeast - S::kMost;
+      all[k] = 1 / (level * (S::kMost + range * float(k / 2) / (K / 2 - 1)));
+      halves[k] = 1 / (level * (S::kMost + range * float(k % (K / 2) / 2) / (K / 4 - 1)));
     }
-    visit(fits);
+  }
+};
+template <class S>
+constexpr ScaleStarts<S> kScaleStarts{};
+
+// Several starts, refined: from the value that matters most for the range, which is the largest or the one that weighs most.
+template <class S, int N>
+PHI4EDGE_INLINE void search_scales(const float* x, const float* w, ScaleFits<S::kStarts>& fits) {
+  constexpr int K = S::kStarts;
+  const float largest = heaviest_of<N>(x, kOnes), heaviest = heaviest_of<N>(x, w);
+  const float* starts = largest == heaviest ? kScaleStarts<S>.all : kScaleStarts<S>.halves;
+  for (int k = 0; k < K; ++k) fits.scale[k] = (k < K / 2 ? largest : heaviest) * starts[k];
+  for (int round = 0; round < S::kRefits; ++round) {
+    assign<typename S::Levels, N>(x, w, fits);
+    refit(fits);
   }
 }
 
@@ -295,29 +303,43 @@ PHI4EDGE_INLINE void refit(float sum_w, LineFits& fits) {
       other_scale_step = qq > 1e-30f ? (rq + offset * q) / qq : T{};
     }
     scale_step = is_line ? scale_step : other_scale_step, offset_step = is_line ? offset_step : other_offset_step;
-    const T gain = scale_step * (2.0f * rq - qq * scale_step - 2.0f * q * offset_step) + offset_step * (2.0f * r - sum_w * offset_step);
+    const T gain =
+        scale_step * (2.0f * rq - qq * scale_step - 2.0f * q * offset_step) + offset_step * (2.0f * r - sum_w * offset_step);
     const T rest = error - gain;
     store(scale + scale_step, fits.scale + k), store(offset + offset_step, fits.offset + k);
     store(rest > 0 ? rest : T{}, fits.error + k);
   }
 }
 
-// Sixteen starts, refined: the range of the values with 0 to 3 times `trim` of it off the low end, and off the high end 0 to 2
-// times, or with one level left unused (weights that were quantized before often lie on such a grid).
-template <class Levels, int N, bool kMayBePositive>
-PHI4EDGE_INLINE void search_lines(const float* x, const float* w, float sum_w, float trim, int n_rounds, LineFits& fits) {
+// What to add to the ends of the range of the values, in units of it: 0 to 3 times kTrim off the low end, and off the high
+// end 0 to 2 times, or one level left unused (weights that were quantized before often lie on such a grid).
+template <class S>
+struct LineStarts {
+  alignas(64) float low[16], high[16];
+  constexpr LineStarts() : low(), high() {
+    for (int k = 0; k < 16; ++k) {
+      low[k] = S::kTrim * float(k % 4);
+      high[k] = k / 4 == 3 ? 1 / (S::Levels::kHighest - 1) : -S::kTrim * float(k / 4);
+    }
+  }
+};
+template <class S>
+constexpr LineStarts<S> kLineStarts{};
+
+// Sixteen starts, refined.
+template <class S, int N, bool kMayBePositive>
+PHI4EDGE_INLINE void search_lines(const float* x, const float* w, float sum_w, LineFits& fits) {
   float low = x[0], high = x[0];
   for (int i = 0; i < N; ++i) low = least(low, x[i]), high = most(high, x[i]);
   if (!kMayBePositive) low = least(low, 0.0f), high = most(high, 0.0f);
   const float range = high - low;
   for (int k = 0; k < 16; ++k) {
-    const float from = low + range * trim * float(k % 4);
-    const float to = k / 4 == 3 ? high + range * (1 / (Levels::kHighest - 1)) : high - range * trim * float(k / 4);
+    const float from = low + range * kLineStarts<S>.low[k], to = high + range * kLineStarts<S>.high[k];
     fits.offset[k] = kMayBePositive ? from : least(from, 0.0f);
-    fits.scale[k] = most(to - from, 0.0f) * (1 / Levels::kHighest);
+    fits.scale[k] = most(to - fits.offset[k], 0.0f) * (1 / S::Levels::kHighest);
   }
-  for (int round = 0; round < n_rounds; ++round) {
-    assign<Levels, N>(x, w, fits);
+  for (int round = 0; round < S::kRefits; ++round) {
+    assign<typename S::Levels, N>(x, w, fits);
     refit<kMayBePositive>(sum_w, fits);
   }
 }

@@ -87,9 +87,9 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
 }  // namespace phi4edge
 
 // The one symbol of an instruction set's object file; the quantizers are in a file of their own.
-#define PHI4EDGE_DEFINE_KERNELS(isa)                                           \
-  namespace phi4edge {                                                         \
-  extern const QuantizeRow k_quantizers_##isa[kFormatCount];                   \
-  extern const KernelTable k_kernels_##isa;                                    \
-  const KernelTable k_kernels_##isa = make_table(#isa, k_quantizers_##isa);    \
+#define PHI4EDGE_DEFINE_KERNELS(isa)                                        \
+  namespace phi4edge {                                                      \
+  extern const QuantizeRow k_quantizers_##isa[kFormatCount];                \
+  extern const KernelTable k_kernels_##isa;                                 \
+  const KernelTable k_kernels_##isa = make_table(#isa, k_quantizers_##isa); \
   }

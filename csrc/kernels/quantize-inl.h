@@ -14,11 +14,6 @@
 
 #define PHI4EDGE_INLINE inline __attribute__((always_inline))
 
-#define ROUNDS_A 1
-#define ROUNDS_B 2
-#define ROUNDS_C 2
-#define ROUNDS_D 2
-
 // Each builds on the ones before.
 // clang-format off
 #include "kernels/store_codes-inl.h"
@@ -43,10 +38,10 @@ void quantize_row(const float* x, const float* weight, int64_t n_columns, uint8_
 }  // namespace phi4edge
 
 // The one symbol of an instruction set's object file.
-#define PHI4EDGE_DEFINE_QUANTIZERS(isa)                                              \
-  namespace phi4edge {                                                               \
-  extern const QuantizeRow k_quantizers_##isa[kFormatCount];                         \
-  const QuantizeRow k_quantizers_##isa[kFormatCount] = {                             \
-      nullptr, nullptr, nullptr, PHI4EDGE_QUANTIZED_FORMATS(PHI4EDGE_QUANTIZER_OF)}; \
+#define PHI4EDGE_DEFINE_QUANTIZERS(isa)                                                                     \
+  namespace phi4edge {                                                                                      \
+  extern const QuantizeRow k_quantizers_##isa[kFormatCount];                                                \
+  const QuantizeRow k_quantizers_##isa[kFormatCount] = {nullptr, nullptr, nullptr,                          \
+                                                        PHI4EDGE_QUANTIZED_FORMATS(PHI4EDGE_QUANTIZER_OF)}; \
   }
 #define PHI4EDGE_QUANTIZER_OF(F) quantize_row<F>,

@@ -14,39 +14,51 @@ struct Search<Q3_K> {
   using Levels = Integers<-4, 3>;
   static constexpr int kLowest = -32, kHighest = 31;  // scales of the sub-blocks
   static constexpr float kMost = 1.15f, kLeast = 0.5f;
+  static constexpr int kStarts = 16, kRefits = 2, kRounds = 1;
 };
 template <>
 struct Search<Q6_K> {
   using Levels = Integers<-32, 31>;
   static constexpr int kLowest = -128, kHighest = 127;
   static constexpr float kMost = 1.015f, kLeast = 0.85f;
+  static constexpr int kStarts = 16, kRefits = 1, kRounds = 2;
 };
 template <>
 struct Search<IQ4_XS> {
   using Levels = Iq4Levels;
   static constexpr int kLowest = -32, kHighest = 31;
   static constexpr float kMost = 1.06f, kLeast = 0.62f;
+  static constexpr int kStarts = 16, kRefits = 1, kRounds = 2;
 };
 template <>
 struct Search<Q2_K> {
   using Levels = Integers<0, 3>;
   static constexpr int kHighest = 15;  // scales and minimums
   static constexpr float kTrim = 0.08f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 template <>
 struct Search<Q4_K> {
   using Levels = Integers<0, 15>;
   static constexpr int kHighest = 63;
   static constexpr float kTrim = 0.05f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 template <>
 struct Search<Q5_K> {
   using Levels = Integers<0, 31>;
   static constexpr int kHighest = 63;
   static constexpr float kTrim = 0.03f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 
-constexpr int kRounds = 3;  // of choosing the integers and refitting the unit
+// The unit of the scales of sub-blocks.
+template <class S>
+struct Units {
+  using Levels = Integers<S::kLowest, S::kHighest>;
+  static constexpr float kMost = 1.02f, kLeast = 0.72f;
+  static constexpr int kStarts = 16, kRefits = 2;
+};
 
 PHI4EDGE_INLINE int nearest_integer(float value, int lowest, int highest) {
   return int(nearest_integer(least(most(value, float(lowest)), float(highest))));
@@ -85,21 +97,17 @@ class ScaleSearch {
 
   void fit_alone(int j) {
     const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
-    float best = 3.0e38f;
-    search_scales<Levels, kSub>(x, w, S::kMost, S::kLeast, ROUNDS_C, [&](ScaleFits<16>& fits) {
-      const int k = smallest(fits.error);
-      if (fits.error[k] < best) best = fits.error[k], alone_[j] = fits.scale[k], stiffness_[j] = fits.qq[k];
-    });
+    ScaleFits<16> fits;
+    search_scales<S, kSub>(x, w, fits);
+    const int k = smallest(fits.error);
+    alone_[j] = fits.scale[k], stiffness_[j] = fits.qq[k];
   }
 
   // The unit that loses least when the scales are rounded to multiples of it.
   float best_unit() const {
-    float best = 0, unit = 0;
-    search_scales<Integers<S::kLowest, S::kHighest>, kSubs>(alone_, stiffness_, 1.02f, 0.72f, 2, [&](ScaleFits<16>& fits) {
-      const int k = smallest(fits.error);
-      if (unit == 0 || fits.error[k] < best) best = fits.error[k], unit = fits.scale[k];
-    });
-    return unit;
+    ScaleFits<16> fits;
+    search_scales<Units<S>, kSubs>(alone_, stiffness_, fits);
+    return fits.scale[smallest(fits.error)];
   }
 
   void refine(float start) {
@@ -108,7 +116,7 @@ class ScaleSearch {
     for (int j = 0; j < kSubs; ++j) {
       choice.s[j] = nearest_integer(alone_[j] * inverse_or_zero(choice.unit), S::kLowest, S::kHighest);
     }
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < S::kRounds; ++round) {
       float sum_rq = 0, sum_qq = 0;
       choice.error = 0;
       for (int j = 0; j < kSubs; ++j) choose(j, choice, sum_rq, sum_qq);
@@ -189,7 +197,7 @@ class LineSearch {
     const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
     LineFits fits;
     sum_w_[j] = sum_of<kSub>(w);
-    search_lines<Levels, kSub, false>(x, w, sum_w_[j], S::kTrim, ROUNDS_D, fits);
+    search_lines<S, kSub, false>(x, w, sum_w_[j], fits);
     const int k = smallest(fits.error);
     scale_[j] = fits.scale[k], minimum_[j] = -fits.offset[k];
   }
@@ -201,7 +209,7 @@ class LineSearch {
       choice.s[j] = nearest_integer(scale_[j] * inverse_or_zero(choice.scale), 0, S::kHighest);
       choice.m[j] = nearest_integer(minimum_[j] * inverse_or_zero(choice.minimum), 0, S::kHighest);
     }
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < S::kRounds; ++round) {
       Equations sums;
       choice.error = 0;
       for (int j = 0; j < kSubs; ++j) choose(j, choice, sums);

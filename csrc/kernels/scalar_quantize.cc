@@ -1,4 +1,12 @@
-// The quantizers of weights for scalar, with the registers that the compiler's flags give.
+// The quantizers of weights for any CPU: four lanes are SSE on x86 and NEON on Arm.
+
+namespace phi4edge {
+namespace {
+
+constexpr int kRegisterLanes = 4;  // floats
+
+}  // namespace
+}  // namespace phi4edge
 
 #include "kernels/quantize-inl.h"
 

@@ -12,27 +12,34 @@ PHI4EDGE_INLINE void join_nibbles(const uint8_t* codes, uint8_t* q) {
 
 // Bit i of `high` is bit 4 of code i.
 PHI4EDGE_INLINE void join_fifth_bits(const uint8_t* codes, uint8_t* high) {
-  std::memset(high, 0, 4);
-  for (int i = 0; i < 32; ++i) high[i / 8] = uint8_t(high[i / 8] | (codes[i] >> 4 & 1) << (i % 8));
+  for (int i = 0; i < 4; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, codes + 8 * i, 8);
+    high[i] = uint8_t((eight >> 4 & 0x0101010101010101) * 0x0102040810204080 >> 56);  // moves bit 8 i to bit 56 + i
+  }
 }
 
 // As in Q4_K: for each 64 values, the first 32 in the low nibbles and the last 32 in the high nibbles.
 PHI4EDGE_INLINE void join_nibbles_of_256(const uint8_t* codes, uint8_t* q) {
-  for (int i = 0; i < 128; ++i) q[i] = uint8_t((codes[i / 32 * 64 + i % 32] & 15) | codes[i / 32 * 64 + 32 + i % 32] << 4);
+  for (int i = 0; i < 256; i += 64, q += 32) {
+    for (int l = 0; l < 32; ++l) q[l] = uint8_t((codes[i + l] & 15) | codes[i + 32 + l] << 4);
+  }
 }
 
 // Bit j of byte l is bit `bit` of code 32 j + l.
 PHI4EDGE_INLINE void join_bit_of_256(const uint8_t* codes, int bit, uint8_t* high) {
   std::memset(high, 0, 32);
-  for (int i = 0; i < 256; ++i) high[i % 32] = uint8_t(high[i % 32] | (codes[i] >> bit & 1) << (i / 32));
+  for (int j = 0; j < 8; ++j) {
+    for (int l = 0; l < 32; ++l) high[l] = uint8_t(high[l] | (codes[32 * j + l] >> bit & 1) << j);
+  }
 }
 
 // Per 128 values: bits 2 j and 2 j + 1 of byte l are bits `bit` and `bit` + 1 of code 32 j + l.
 PHI4EDGE_INLINE void join_pairs_of_256(const uint8_t* codes, int bit, uint8_t* pairs) {
   std::memset(pairs, 0, 64);
-  for (int i = 0; i < 256; ++i) {
-    uint8_t& byte = pairs[i / 128 * 32 + i % 32];
-    byte = uint8_t(byte | (codes[i] >> bit & 3) << (i % 128 / 32 * 2));
+  for (int j = 0; j < 8; ++j) {
+    uint8_t* to = pairs + j / 4 * 32;
+    for (int l = 0; l < 32; ++l) to[l] = uint8_t(to[l] | (codes[32 * j + l] >> bit & 3) << (j % 4 * 2));
   }
 }
 
@@ -61,9 +68,9 @@ PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q5_K::Block& block) {
   join_bit_of_256(codes, 4, block.high);
 }
 PHI4EDGE_INLINE void store_codes(const uint8_t* codes, Q6_K::Block& block) {
-  for (int i = 0; i < 128; ++i) {  // low nibbles are values 0-63 of each 128, high nibbles 64-127
-    const uint8_t* half = codes + i / 64 * 128 + i % 64;
-    block.low[i] = uint8_t((half[0] & 15) | half[64] << 4);
+  for (int half = 0; half < 2; ++half) {  // low nibbles are values 0-63 of each 128, high nibbles 64-127
+    const uint8_t* from = codes + 128 * half;
+    for (int l = 0; l < 64; ++l) block.low[64 * half + l] = uint8_t((from[l] & 15) | from[64 + l] << 4);
   }
   join_pairs_of_256(codes, 4, block.high);
 }

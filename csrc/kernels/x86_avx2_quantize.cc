@@ -1,4 +1,12 @@
-// The quantizers of weights for x86_avx2, with the registers that the compiler's flags give.
+// The quantizers of weights for AVX2.
+
+namespace phi4edge {
+namespace {
+
+constexpr int kRegisterLanes = 8;  // floats
+
+}  // namespace
+}  // namespace phi4edge
 
 #include "kernels/quantize-inl.h"
 

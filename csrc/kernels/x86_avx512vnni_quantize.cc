@@ -1,4 +1,12 @@
-// The quantizers of weights for x86_avx512vnni, with the registers that the compiler's flags give.
+// The quantizers of weights for AVX-512.
+
+namespace phi4edge {
+namespace {
+
+constexpr int kRegisterLanes = 16;  // floats
+
+}  // namespace
+}  // namespace phi4edge
 
 #include "kernels/quantize-inl.h"
 

@@ -7,7 +7,6 @@ linear, and one alpha for all.  A linear with the weights W becomes W + alpha / 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from phi4edge.converters.backbone import encode
 from phi4edge.converters.checkpoint import Checkpoint, SafetensorsFile, SourceTensor, row_pieces, to_float32
+from phi4edge.converters.encode import VALUES_AT_ONCE, Array, encode, encoded_bytes, require_fitting
 from phi4edge.converters.files import Progress, Written, hashed_file
 from phi4edge.converters.lora import LoraPair, decoder_linears, pair_tensors
-from phi4edge.converters.mixes import fitting_type
+from phi4edge.converters.mixes import ADAPTER_TYPES, fitting_type
 from phi4edge.converters.peft import LoraConfig, alpha_of, rank_of, read_peft_config
 from phi4edge.converters.variants import BackboneConfig, Variant
 from phi4edge.errors import BundleError, FileError, UsageError
@@ -33,19 +31,13 @@ from phi4edge.errors import BundleError, FileError, UsageError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Array = npt.NDArray[np.float32]
-
 BUILT_IN = ("vision", "speech")
-# llama.cpp's adapters have the first three; of the others the file says that they are ours.
-ADAPTER_TYPES = ("F32", "F16", "Q8_0", "Q5_0", "IQ4_NL", "Q4_0")
 FORMAT_KEY = "phi4edge.adapter.format"
 
-_LLAMA_CPP_TYPES = ADAPTER_TYPES[:3]
+_LLAMA_CPP_TYPES = ("F32", "F16", "Q8_0")  # of the others the file says that they are ours
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_VALUES_AT_ONCE = 4 << 20
-_LARGEST_HALF = 65504.0
 
 
 class Adapter:
@@ -105,7 +97,7 @@ class Adapter:
         b = self._rows(pair.b, first_row, n_rows)
         with np.errstate(over="ignore", invalid="ignore"):
             delta: Array = (b * np.float32(pair.scale)) @ self._cached[1]
-        _require_fitting(delta, pair.b)
+        require_fitting(delta, "F32", pair.b.path, pair.b.name)
         return delta
 
     def raw(self, tensor: SourceTensor, first_row: int, n_rows: int) -> bytes:
@@ -114,7 +106,7 @@ class Adapter:
 
     def _rows(self, tensor: SourceTensor, first_row: int, n_rows: int) -> Array:
         rows = to_float32(self.raw(tensor, first_row, n_rows), tensor.dtype).reshape(n_rows, tensor.shape[1])
-        _require_fitting(rows, tensor)
+        require_fitting(rows, "F32", tensor.path, tensor.name)
         return rows
 
 
@@ -184,7 +176,7 @@ def read_peft_adapter(name: str, directory: Path, config: BackboneConfig) -> Ada
 
 def adapter_bytes(adapter: Adapter, type_name: str) -> int:
     """Of the weights in the file that ``write_adapter`` makes."""
-    return sum(_n_bytes(source, type_name) for _, source, _ in _file_tensors(adapter))
+    return sum(_encoded_bytes(source, type_name) for _, source, _ in _file_tensors(adapter))
 
 
 def write_adapter(path: Path, adapter: Adapter, type_name: str, *, n_threads: int, progress: Progress) -> Written:
@@ -206,7 +198,7 @@ def write_adapter(path: Path, adapter: Adapter, type_name: str, *, n_threads: in
             source_hash.update(f"{source.name} {source.dtype} {source.shape} {factor!r}\n".encode())
             n_rows, n_columns = source.shape
             fitting = fitting_type(type_name, n_columns)
-            for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+            for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
                 progress(source.name, done, total)
                 raw = adapter.raw(source, first, n_piece)
                 source_hash.update(raw)
@@ -214,7 +206,7 @@ def write_adapter(path: Path, adapter: Adapter, type_name: str, *, n_threads: in
                 if factor != 1.0:
                     with np.errstate(over="ignore", invalid="ignore"):
                         rows *= np.float32(factor)
-                _require_fitting(rows, source, fitting)
+                require_fitting(rows, fitting, source.path, source.name)
                 output.write(encode(rows, fitting, n_threads))
                 done += len(raw)
         output.pad(alignment)
@@ -243,7 +235,7 @@ def _write_header(path: Path, adapter: Adapter, type_name: str) -> int:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, source, _ in _file_tensors(adapter):
             type_id = GGMLQuantizationType[fitting_type(type_name, source.shape[1])]
-            writer.add_tensor_info(name, source.shape, np.dtype(np.float32), _n_bytes(source, type_name), type_id)
+            writer.add_tensor_info(name, source.shape, np.dtype(np.float32), _encoded_bytes(source, type_name), type_id)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -252,24 +244,8 @@ def _write_header(path: Path, adapter: Adapter, type_name: str) -> int:
     return int(writer.data_alignment)
 
 
-def _n_bytes(source: SourceTensor, type_name: str) -> int:
-    type_id = GGMLQuantizationType[fitting_type(type_name, source.shape[1])]
-    block_values, block_bytes = gguf.GGML_QUANT_SIZES[type_id]
-    return math.prod(source.shape) // block_values * block_bytes
-
-
-def _require_fitting(rows: Array, source: SourceTensor, type_name: str = "F32") -> None:
-    # One pass each, without a temporary: NaN and infinities show in the extremes.
-    low, high = float(rows.min()), float(rows.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _wrong(source, "has, or makes, a NaN or an infinity", "download it again, or train the adapter again")
-    if type_name != "F32" and max(-low, high) > _LARGEST_HALF:
-        problem = f"has a value of {max(-low, high):.3g}, too large for {type_name}"
-        raise _wrong(source, problem, "write the adapter as f32")
-
-
-def _wrong(source: SourceTensor, problem: str, hint: str) -> BundleError:
-    return BundleError(problem, path=str(source.path), field=f"tensor '{source.name}'", hint=hint)
+def _encoded_bytes(source: SourceTensor, type_name: str) -> int:
+    return encoded_bytes(source.shape, fitting_type(type_name, source.shape[1]))
 
 
 # --- which tensors

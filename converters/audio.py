@@ -167,6 +167,7 @@ class _Encoder:
     def _feed_forward(self, x: str, name: str) -> str:
         g, width = self._graph, self._shape.width
         _, inner = dims(self._weights, f"{name}.down_proj.weight", 2)
+        self._take(f"{name}.down_proj.weight", width, inner)  # is wrong itself when its other size is
         x = self._linear(self._layer_norm(x, f"{name}.layer_norm"), f"{name}.gate_up_proj", 2 * inner, width)
         value, gate = g.ops("Split", x, n_outputs=2, axis=-1)  # the value comes first, unlike in the language model
         return self._linear(g.op("Mul", value, self._swish(gate)), f"{name}.down_proj", width, inner)

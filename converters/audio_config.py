@@ -72,6 +72,7 @@ def dims(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
     if len(shape) != rank or 0 in shape:
         raise BundleError(
             f"has the shape {list(shape)}, expected {rank} sizes above 0",
+            path=str(weights.take(name, *shape).source.path),
             field=f"tensor '{weights.source_name(name)}'",
             hint="download the checkpoint again, or use --encoders none",
         )

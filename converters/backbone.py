@@ -6,30 +6,22 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from phi4edge import _core
 from phi4edge.converters.checkpoint import Checkpoint, SourceTensor, row_pieces, to_float32
+from phi4edge.converters.encode import VALUES_AT_ONCE, Array, encode, encoded_bytes, require_fitting
 from phi4edge.converters.files import Progress, Written, hashed_file
 from phi4edge.converters.mixes import MIXES, fitting_type
 from phi4edge.converters.variants import Assignment, BackboneConfig, Variant, match_tensors, read_config
 from phi4edge.converters.vocabulary import Vocabulary, read_vocabulary
-from phi4edge.errors import BundleError
 
 if TYPE_CHECKING:
     from phi4edge.converters.adapters import Adapter
     from phi4edge.converters.imatrix import Imatrix
-
-Array = npt.NDArray[np.float32]
-
-_VALUES_AT_ONCE = 4 << 20
-_LARGEST_HALF = 65504.0
-_NUMPY_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class BackbonePlan:
     @property
     def n_bytes(self) -> int:
         """Of the weights in the new file."""
-        return sum(_n_bytes(assignment.shape, type_name) for assignment, _, type_name in self.tensors)
+        return sum(encoded_bytes(assignment.shape, type_name) for assignment, _, type_name in self.tensors)
 
     @property
     def source_bytes(self) -> int:
@@ -56,7 +48,7 @@ class BackbonePlan:
         found: dict[str, tuple[int, int]] = {}
         for assignment, _, name in self.tensors:
             values, n_bytes = found.get(name, (0, 0))
-            found[name] = values + math.prod(assignment.shape), n_bytes + _n_bytes(assignment.shape, name)
+            found[name] = values + math.prod(assignment.shape), n_bytes + encoded_bytes(assignment.shape, name)
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
@@ -112,29 +104,23 @@ def write_backbone(
             importance = (
                 imatrix.importance(f"{assignment.target}.weight", n_columns) if imatrix and n_rows > 1 else None
             )
-            for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+            if merge is not None and (pair := merge.modules.get(assignment.target)) is not None:
+                source_hash.update(f"+ {pair.scale!r} * {pair.b.name} @ {pair.a.name}\n".encode())
+                for tensor in (pair.a, pair.b):
+                    source_hash.update(merge.raw(tensor, 0, tensor.shape[0]))
+            for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
                 progress(source.name, done, total)
                 raw = checkpoint.raw(source, first, n_piece)
                 source_hash.update(raw)
                 rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
                 if merge is not None and (delta := merge.delta(assignment.target, first, n_piece)) is not None:
                     rows = rows + delta
-                _require_fitting(rows, type_name, source)
+                require_fitting(rows, type_name, source.path, source.name)
                 output.write(encode(rows, type_name, n_threads, importance))
                 done += len(raw)
         output.pad(alignment)
         progress("", done, total)
     return Written(output.n_bytes, output.sha256, source_hash.hexdigest())
-
-
-def encode(rows: Array, type_name: str, n_threads: int, importance: Array | None = None) -> npt.NDArray[Any]:
-    """Rows of weights in one of the formats of GGUF; ``importance`` weighs the columns' errors, float32[n_columns]."""
-    if type_name == "F32":
-        return rows
-    type_id = GGMLQuantizationType[type_name]
-    if type_name in _NUMPY_TYPES:
-        return np.asarray(gguf.quants.quantize(rows, type_id))
-    return np.asarray(_core.quantize(int(type_id), rows, n_threads, importance=importance))
 
 
 def _write_header(path: Path, plan: BackbonePlan) -> int:
@@ -151,7 +137,7 @@ def _write_header(path: Path, plan: BackbonePlan) -> int:
                 f"{assignment.target}.weight",
                 assignment.shape,
                 np.dtype(np.float32),
-                _n_bytes(assignment.shape, type_name),
+                encoded_bytes(assignment.shape, type_name),
                 GGMLQuantizationType[type_name],
             )
         writer.write_header_to_file()
@@ -195,18 +181,3 @@ def _rope_factors(config: BackboneConfig) -> dict[str, Array]:
         "rope_factors_long.weight": np.array(config.long_factors, np.float32),
         "rope_factors_short.weight": np.array(config.short_factors, np.float32),
     }
-
-
-def _n_bytes(shape: tuple[int, ...], type_name: str) -> int:
-    block_values, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return math.prod(shape) // block_values * block_bytes
-
-
-def _require_fitting(rows: Array, type_name: str, source: SourceTensor) -> None:
-    # One pass each, without a temporary: NaN and infinities show in the extremes.
-    low, high = float(rows.min()), float(rows.max())
-    where = {"path": str(source.path), "field": f"tensor '{source.name}'"}
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise BundleError("has a NaN or an infinity", **where, hint="download it again, or repair the checkpoint")
-    if type_name not in ("F32", "BF16") and max(-low, high) > _LARGEST_HALF:
-        raise BundleError(f"has a weight of {max(-low, high):.3g}, too large for {type_name}", **where, hint="use bf16")

@@ -6,10 +6,8 @@ manifest is replaced, which is the one moment of change, and the old parts go.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from typing import Any
 from phi4edge import _core
 from phi4edge.bundle import MANIFEST, PART_NAME, UNFINISHED_PREFIX, Bundle, Manifest, Part
 from phi4edge.converters.files import Progress, Written, hashed_file
-from phi4edge.errors import BundleError, DiskError, FileError, OutOfMemoryError, UsageError
+from phi4edge.converters.new_file import disk_errors, require_free, sync_directory
+from phi4edge.errors import BundleError, FileError, OutOfMemoryError, UsageError
 
 _SPARE_BYTES = 1 << 20  # beside the weights: headers, vocabulary, manifest
 WORKING_BYTES = 384 << 20  # of memory: pieces of a few large tensors, in the source's type, in float32 and converted
-_DISK_FAULTS = {getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EIO", "EFBIG")}
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,10 @@ def write_bundle(
             f"a conversion needs about {WORKING_BYTES >> 20} MiB of memory, but {available >> 20} MiB are available",
             hint="close other programs",
         )
-    with _disk_errors(root), _directory(root), _lock(root):
+    with disk_errors(root), _directory(root), _lock(root):
         old_names = _old_names(root, source, force)
         _sweep(root)
-        needed, free = sum(part.n_bytes for part in parts) + _SPARE_BYTES, shutil.disk_usage(root).free
-        if free < needed:
-            raise DiskError(f"{needed} bytes are needed and {free} are free", path=str(root))
+        require_free(root, sum(part.n_bytes for part in parts) + _SPARE_BYTES)
         with ExitStack() as temporaries:
             made: list[tuple[Path, Part, Written]] = []
             for part, show in zip(parts, _part_progress(parts, progress), strict=True):
@@ -83,14 +79,14 @@ def write_bundle(
             try:
                 for temporary, new, _ in made:
                     os.replace(temporary, root / new.file)  # noqa: PTH105
-                _sync_directory(root)  # the parts must be there before the manifest that names them
+                sync_directory(root)  # the parts must be there before the manifest that names them
                 os.replace(manifest_file, root / MANIFEST)  # noqa: PTH105
             except BaseException:
                 for _, new, _ in made:
                     if not _names_part(root, new.file):  # unless the manifest was just replaced
                         (root / new.file).unlink(missing_ok=True)
                 raise
-        _sync_directory(root)
+        sync_directory(root)
         _sweep(root)  # the old parts
     return Bundle(root, document)
 
@@ -154,24 +150,20 @@ def _names_part(root: Path, name: str) -> bool:
 
 @contextmanager
 def _temporary(root: Path) -> Iterator[Path]:
-    """A new file in the directory, gone afterwards unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=UNFINISHED_PREFIX, dir=root)
+    """The name of a file to make, gone afterwards unless it was renamed.  The directory is ours: see _lock."""
+    path = root / f"{UNFINISHED_PREFIX}{secrets.token_hex(8)}"
     try:
-        os.close(descriptor)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)  # as any other new file
-        yield Path(name)
+        yield path
     finally:
-        Path(name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _directory(root: Path) -> Iterator[None]:
     """Makes the directory if it is missing, and removes it again when nothing came of it."""
     made = not root.exists()
-    root.mkdir(exist_ok=True)
-    try:
+    try:  # from before it is made, so that Ctrl-C at any moment leaves none
+        root.mkdir(exist_ok=True)
         yield
     except BaseException:
         if made:
@@ -197,23 +189,3 @@ def _lock(root: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except (DiskError, FileError):
-        raise
-    except OSError as error:
-        kind = DiskError if error.errno in _DISK_FAULTS else FileError
-        raise kind(f"cannot be written: {error.strerror}", path=str(root)) from error
-
-
-def _sync_directory(root: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(root, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

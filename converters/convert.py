@@ -50,16 +50,15 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("mix", "head", "adapter_quant"):
             object.__setattr__(self, name, getattr(self, name).upper())
-        for name, choices in (
-            ("mix", CONVERTIBLE),
-            ("head", ("", *HEAD_TYPES)),
-            ("adapter_quant", ADAPTER_TYPES),
-            ("encoders", (*PRECISIONS, NONE)),
+        for name, option, what, choices in (
+            ("mix", "quant", "type mix", CONVERTIBLE),
+            ("head", "head", "type", ("", *HEAD_TYPES)),
+            ("adapter_quant", "adapter_quant", "type of adapters", ADAPTER_TYPES),
+            ("encoders", "encoders", "precision", (*PRECISIONS, NONE)),
         ):
             if (value := getattr(self, name)) not in choices:
-                what = {"mix": "type mix", "head": "type", "adapter_quant": "type of adapters", "encoders": "precision"}
                 shown = ", ".join(choice for choice in choices if choice).lower()
-                raise UsageError(f"'{value:.40}' is no {what[name]}", field="quant" if name == "mix" else name, hint=f"choose one of {shown}")
+                raise UsageError(f"'{value:.40}' is no {what}", field=option, hint=f"choose one of {shown}")
         if self.adapters not in (SWITCHABLE, NONE) and not self.merged:
             raise UsageError(
                 f"'{self.adapters:.60}' is not known", field="adapters", hint="choose switchable, merged:NAME or none"

@@ -103,18 +103,20 @@ def collect_imatrix(
         raise InputError("there is no text", hint="give a text of some thousand words")
     if chunk_size > config.context_length:
         raise UsageError(f"the model was made for {config.context_length} tokens", field="context", hint="give less")
-    _core.require_memory(_core.memory_need(file, chunk_size, "f32"), _core.available_memory())
+    # A sequence that outgrows the original context of LongRoPE has other factors from its first token on.
+    step = chunk_size if 0 < config.rope.original_context < chunk_size else _TOKENS_AT_ONCE
+    logits_bytes = step * config.vocab_size * 4
+    _core.require_memory(_core.memory_need(file, chunk_size, "f32"), max(0, _core.available_memory() - logits_bytes))
     session = _core.Session(_core.Model(file, n_threads, isa, loading), chunk_size, "f32")
     session.collect_input_squares(True)
     done = 0
     for piece in pieces:
         session.truncate(0)
         ids = np.asarray(piece, np.int32)
-        for first in range(0, len(ids), _TOKENS_AT_ONCE):
+        for first in range(0, len(ids), step):
             progress(done, total)
-            step = ids[first : first + _TOKENS_AT_ONCE]
-            session.extend(step, "all")
-            done += len(step)
+            session.extend(ids[first : first + step], "all")
+            done += len(ids[first : first + step])
     progress(done, total)
     matrices = {name: InputSquares(sums, n_tokens) for name, (sums, n_tokens) in session.input_squares().items()}
     for name, squares in matrices.items():

@@ -40,11 +40,9 @@ def new_file(target: Path, n_bytes: int, *, force: bool) -> Iterator[Path]:
 
     n_bytes: how long it will be.  The block must sync what it writes.  Raises DiskError, FileError, UsageError.
     """
-    with _disk_errors(target):
+    with disk_errors(target):
         _sweep(target)
-        free = shutil.disk_usage(target.parent).free
-        if free < n_bytes:
-            raise DiskError(f"{n_bytes} bytes are needed and {free} are free", path=str(target.parent))
+        require_free(target.parent, n_bytes)
         temporary, descriptor = target.parent / f"{_prefix(target)}{secrets.token_hex(4)}", -1
         try:  # from before the file is made, so that Ctrl-C at any moment leaves none
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -52,7 +50,7 @@ def new_file(target: Path, n_bytes: int, *, force: bool) -> Iterator[Path]:
             yield temporary
             require_writable(target, (), force=force)  # another writer may have been quicker
             os.replace(temporary, target)  # noqa: PTH105
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
             if descriptor >= 0:
@@ -82,13 +80,21 @@ def _try_lock(descriptor: int) -> bool:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # locked by another, or a file system without locks
         return False
     return True
 
 
+def require_free(directory: Path, n_bytes: int) -> None:
+    """DiskError unless so much can be written."""
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise DiskError(f"{n_bytes} bytes are needed and {free} are free", path=str(directory))
+
+
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """What the system says about writing, as DiskError or FileError."""
     try:
         yield
     except (DiskError, FileError):
@@ -98,7 +104,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
         raise kind(f"cannot be written: {error.strerror}", path=str(target)) from error
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Puts the names in a directory on the disk."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:

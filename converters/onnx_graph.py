@@ -21,7 +21,7 @@ from phi4edge.converters.onnx_weights import Weight
 from phi4edge.errors import BundleError
 
 PRECISIONS = ("fp32", "fp16", "int8")
-OPSET = 17
+_OPSETS = {"": 17, "com.microsoft": 1}
 IR_VERSION = 8
 LARGEST_FILE = (1 << 31) - 1  # bytes; protobuf reads no more
 
@@ -80,14 +80,14 @@ class Graph:
         self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self._outputs.append(_value_info(name, dtype, shape))
 
-    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        """A node with one output."""
-        return self.ops(op_type, *inputs, n_outputs=1, **attributes)[0]
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """A node with one output.  domain: "" for the standard, or "com.microsoft"."""
+        return self.ops(op_type, *inputs, n_outputs=1, domain=domain, **attributes)[0]
 
-    def ops(self, op_type: str, *inputs: str, n_outputs: int, **attributes: Any) -> list[str]:
+    def ops(self, op_type: str, *inputs: str, n_outputs: int, domain: str = "", **attributes: Any) -> list[str]:
         name = f"{op_type}_{len(self._nodes)}"
         outputs = [name] if n_outputs == 1 else [f"{name}.{index}" for index in range(n_outputs)]
-        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=name, **attributes))
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs
 
     def constant(self, value: npt.ArrayLike, dtype: type[np.generic] = np.float32) -> str:
@@ -106,7 +106,7 @@ class Graph:
         shape: tuple[int, ...] | None = None,
         change: Callable[[Array], Array] = lambda values: values,
     ) -> str:
-        """A weight of the checkpoint, in float32 or, at precision fp16, stored in half of that and widened in the graph.
+        """A weight of the checkpoint, float32; at precision fp16 half of that in the file, and widened in the graph.
 
         ``change`` may reorder the values to ``shape``.
         """
@@ -114,7 +114,7 @@ class Graph:
         name = weight.name
         if self.precision != "fp16" or len(shape) < 2:
             return self._add(name, np.dtype(np.float32), shape, lambda: change(weight.read()))
-        half = self._add(name, np.dtype(np.float16), shape, lambda: _to_half(change(weight.read()), weight))
+        half = self._add(name, np.dtype(np.float16), shape, lambda: change(weight.read(_LARGEST_HALF)))
         return self.op("Cast", half, to=onnx.TensorProto.FLOAT)
 
     def linear(self, x: str, weight: Weight, bias: Weight | None = None) -> str:
@@ -131,10 +131,11 @@ class Graph:
     def write(self, path: Path, metadata: Mapping[str, str]) -> HashedFile:
         """Writes the model.  BundleError when it would be larger than protobuf can be."""
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs)
+        domains = sorted({"", *(node.domain for node in self._nodes)})
         model = onnx.ModelProto(
             ir_version=IR_VERSION,
             producer_name="phi4edge",
-            opset_import=[helper.make_opsetid("", OPSET)],
+            opset_import=[helper.make_opsetid(domain, _OPSETS[domain]) for domain in domains],
         )
         helper.set_model_props(model, dict(metadata))
         start, nodes = model.SerializeToString(deterministic=True), graph.SerializeToString(deterministic=True)
@@ -159,13 +160,15 @@ class Graph:
     @property
     def n_bytes(self) -> int:
         """Of the file, about."""
-        return sum(initializer.n_bytes_in_graph for initializer in self._initializers) + 512 * len(self._nodes)
+        n_bytes = sum(initializer.n_bytes_in_graph for initializer in self._initializers)
+        return n_bytes + int(sum(node.ByteSize() + 3 for node in self._nodes))
 
     def _int8_linear(self, x: str, weight: Weight, bias: Weight | None) -> str:
         """Activations in 8 bits with one scale, but for the channels with the largest values, which stay float.
 
         A few channels of a transformer are 20 to 50 times as large as the others, which would get two or three bits.
-        The order of the nodes is one that onnxruntime fuses, bias included.
+        Both the scale and the choice of channels are those of the whole of x.  Scales of rows or blocks of x, or
+        MatMulNBits, are about as exact and slower.  Onnxruntime fuses the nodes in this order, bias included.
         """
         matrix, scale = self._int8_matrix(weight)
         n_in = weight.shape[1]
@@ -203,7 +206,8 @@ class Graph:
             w = weight.read().reshape(n_out, n_in)
             scale = np.maximum(np.abs(w).max(axis=1), np.float32(1e-30)) / np.float32(127)
             scales.append(scale)
-            return np.rint(w / scale[:, None]).astype(np.int8).T
+            rounded: Array = np.rint(w / scale[:, None]).astype(np.int8).T
+            return rounded
 
         matrix = self._add(weight.name, np.dtype(np.int8), (n_in, n_out), codes)
         scale = self._add(f"{weight.name}.scale", np.dtype(np.float32), (n_out,), scales.pop)
@@ -220,18 +224,6 @@ class Graph:
     def _add(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], values: Callable[[], Array]) -> str:
         self._initializers.append(Initializer(name, dtype, shape, values))
         return name
-
-
-def _to_half(values: Array, weight: Weight) -> Array:
-    largest = float(np.abs(values).max(initial=0))
-    if largest > _LARGEST_HALF:
-        raise BundleError(
-            f"has a weight of {largest:.3g}, too large for fp16",
-            path=str(weight.source.path),
-            field=f"tensor '{weight.source.name}'",
-            hint="use --encoders fp32",
-        )
-    return values.astype(np.float16)
 
 
 def _value_info(name: str, dtype: type[np.generic], shape: Sequence[int | str]) -> onnx.ValueInfoProto:

@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of the source, or several below each other; ``read`` returns float32 values in its shape."""
+    """One tensor of the source, or several below each other."""
 
     owner: Weights
     name: str  # that of transformers, whatever the layout
@@ -34,8 +34,9 @@ class Weight:
         shape = self.source.shape
         return shape if len(self.sources) == 1 else (sum(source.shape[0] for source in self.sources), *shape[1:])
 
-    def read(self) -> Array:
-        values = [self.owner.read(source) for source in self.sources]
+    def read(self, largest: float = math.inf) -> Array:
+        """The values in its shape; BundleError when one is not finite, or its magnitude above ``largest``."""
+        values = [self.owner.read(source, largest) for source in self.sources]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
 
@@ -107,15 +108,11 @@ class Weights:
         return sum(tensor.n_bytes for tensor in self._taken.values())
 
     @property
-    def n_values(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self._taken.values())
-
-    @property
     def source_sha256(self) -> str:
         """Of the tensors that were read so far."""
         return self._digest.hexdigest()
 
-    def read(self, tensor: SourceTensor) -> Array:
+    def read(self, tensor: SourceTensor, largest: float) -> Array:
         self.progress(tensor.name, self._done, self.n_bytes)
         values = self._checkpoint.array(tensor)
         if not np.isfinite(values).all():
@@ -124,6 +121,13 @@ class Weights:
                 path=str(tensor.path),
                 field=f"tensor '{tensor.name}'",
                 hint="download it again, or repair the checkpoint",
+            )
+        if (found := float(max(values.max(initial=0), -values.min(initial=0)))) > largest:
+            raise BundleError(
+                f"has a weight of {found:.3g}, too large for fp16",
+                path=str(tensor.path),
+                field=f"tensor '{tensor.name}'",
+                hint="use --encoders fp32",
             )
         self._digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         self._digest.update(values.data)

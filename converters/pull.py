@@ -269,16 +269,13 @@ def _host() -> str:
 @contextmanager
 def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     """What the library raises as errors of ours, without its words: they may quote a header, where the token is."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with disable_progress_bars():
-                yield
+            yield
     except Phi4EdgeError:
         raise
     except (transport_error(), OSError) as error:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from phi4edge import _core
 from phi4edge.bundle import backbone_of
-from phi4edge.converters.backbone import encode
 from phi4edge.converters.checkpoint import row_pieces
+from phi4edge.converters.encode import VALUES_AT_ONCE, encode, require_fitting
 from phi4edge.converters.files import HashedFile, Progress, hashed_file
 from phi4edge.converters.gguf_raw import FLOATS, GgufRows, NewTensor, dequantize, entry, header, n_rows_of
 from phi4edge.converters.imatrix import Imatrix
@@ -24,8 +24,6 @@ from phi4edge.converters.mixes import HEAD_TYPES, MIXES, fitting_type
 from phi4edge.converters.new_file import new_file, require_writable
 from phi4edge.errors import BundleError, UsageError
 
-_VALUES_AT_ONCE = 4 << 20
-_LARGEST_HALF = 65504.0
 _OF_SHARDS = ("split.no", "split.count", "split.tensors.count")
 _LAYER_MATRIX = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # With four query heads or more for a key head, values are few and worth more bits: mix -> type, as llama.cpp has it.
@@ -52,11 +50,20 @@ class Quantized:
 class _Step:
     source: _core.TensorInfo
     target: NewTensor
-    importance: npt.NDArray[np.float32] | None
+    importance: npt.NDArray[np.float32] | None = None  # of each column
 
     @property
     def is_copy(self) -> bool:
         return self.source.type_name == self.target.type_name
+
+    @property
+    def is_quantized(self) -> bool:
+        return not self.is_copy and self.target.type_name not in FLOATS
+
+    def weighted(self, imatrix: Imatrix) -> _Step:
+        if not self.is_quantized:
+            return self
+        return replace(self, importance=imatrix.importance(self.source.name, self.source.shape[0]))
 
 
 def quantize(
@@ -79,18 +86,17 @@ def quantize(
 
     Raises FileError, BundleError, UsageError, DiskError; then the target is as it was before.
     """
-    target, mix, head = Path(target), mix.upper(), head.upper()
-    _require_known(mix, MIXES, "quant")
-    _require_known(head, ("", *HEAD_TYPES), "head")
+    target, mix, head = Path(target), _known(mix, MIXES, "quant"), _known(head, ("", *HEAD_TYPES), "head")
     with GgufRows(backbone_of(source)) as rows:
-        require_writable(target, rows.paths, force=force)
+        inputs = [*rows.paths, *([Path(imatrix.path)] if imatrix is not None and imatrix.path else [])]
+        require_writable(target, inputs, force=force)
         config = _core.read_config(rows.file)
-        steps = [_step(rows, tensor, config, mix, head, imatrix) for tensor in rows.file.tensors]
+        steps = [_step(rows, tensor, config, mix, head) for tensor in rows.file.tensors]
         if not allow_requantize:
             _require_floats(rows, steps)
-        without = tuple(step.source.name for step in steps if not step.is_copy and step.importance is None)
         if imatrix is not None:
             imatrix.require_model({step.source.name: step.source.shape[0] for step in steps})
+            steps = [step.weighted(imatrix) for step in steps]
         start = header(_metadata(rows, mix), [step.target for step in steps], rows.alignment)
         n_bytes = len(start) + sum(step.target.n_bytes + rows.alignment for step in steps)
         with new_file(target, n_bytes, force=force) as temporary:
@@ -98,17 +104,14 @@ def quantize(
                 output.write(start)
                 _write_tensors(output, rows, steps, n_threads, progress)
             rows.require_unchanged()
-    return Quantized(target, mix, output.n_bytes, output.sha256, _by_type(steps), without if imatrix else ())
+    # An embedding that is not the head as well has no inputs.
+    no_inputs = () if config.tied_head else ("token_embd.weight",)
+    unknown = [step.source.name for step in steps if step.is_quantized and step.importance is None]
+    without = tuple(name for name in unknown if imatrix is not None and name not in no_inputs)
+    return Quantized(target, mix, output.n_bytes, output.sha256, _by_type(steps), without)
 
 
-def _step(
-    rows: GgufRows,
-    tensor: _core.TensorInfo,
-    config: _core.ModelConfig,
-    mix: str,
-    head: str,
-    imatrix: Imatrix | None,
-) -> _Step:
+def _step(rows: GgufRows, tensor: _core.TensorInfo, config: _core.ModelConfig, mix: str, head: str) -> _Step:
     if tensor.type_name not in {known.name for known in _core.formats()}:
         raise BundleError(
             f"is {tensor.type_name}, which we do not read",
@@ -116,10 +119,7 @@ def _step(
             field=f"tensor '{tensor.name}'",
             hint="get the model in F16 or Q8_0",
         )
-    type_name = _new_type(tensor, config, mix, head)
-    is_quantized = type_name != tensor.type_name and type_name not in FLOATS
-    importance = imatrix.importance(tensor.name, tensor.shape[0]) if imatrix and is_quantized else None
-    return _Step(tensor, NewTensor(tensor.name, tensor.shape, type_name), importance)
+    return _Step(tensor, NewTensor(tensor.name, tensor.shape, _new_type(tensor, config, mix, head)))
 
 
 def _new_type(tensor: _core.TensorInfo, config: _core.ModelConfig, mix: str, head: str) -> str:
@@ -169,25 +169,16 @@ def _write_tensors(
     done, total = 0, sum(step.source.n_bytes for step in steps)
     for step in steps:
         n_columns, n_rows = step.source.shape[0], n_rows_of(step.source.shape)
-        for first, n_piece in row_pieces(n_rows, n_columns, _VALUES_AT_ONCE):
+        for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
             progress(step.source.name, done, total)
             raw = rows.raw(step.source, first, n_piece)
             values = dequantize(raw, step.source, n_piece)
-            _require_fitting(values, step, rows)
+            checked = "F32" if step.is_copy else step.target.type_name
+            require_fitting(values, checked, Path(rows.paths[step.source.shard]), step.source.name)
             output.write(raw if step.is_copy else encode(values, step.target.type_name, n_threads, step.importance))
             done += len(raw)
         output.pad(rows.alignment)
     progress("", done, total)
-
-
-def _require_fitting(values: npt.NDArray[np.float32], step: _Step, rows: GgufRows) -> None:
-    low, high = float(values.min()), float(values.max())
-    where = {"path": str(rows.paths[step.source.shard]), "field": f"tensor '{step.source.name}'"}
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise BundleError("has a NaN or an infinity", **where, hint="download the file again, or convert it again")
-    if not step.is_copy and step.target.type_name not in ("F32", "BF16") and max(-low, high) > _LARGEST_HALF:
-        problem = f"has a weight of {max(-low, high):.3g}, too large for {step.target.type_name}"
-        raise BundleError(problem, **where, hint="use bf16")
 
 
 def _by_type(steps: Sequence[_Step]) -> dict[str, tuple[int, int]]:
@@ -198,7 +189,8 @@ def _by_type(steps: Sequence[_Step]) -> dict[str, tuple[int, int]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def _require_known(name: str, choices: Iterable[str], field: str) -> None:
-    if name not in choices:
+def _known(name: str, choices: Iterable[str], field: str) -> str:
+    if name.upper() not in choices:
         shown = ", ".join(choice for choice in choices if choice).lower()
         raise UsageError(f"'{name:.40}' is not known", field=field, hint=f"choose one of {shown}")
+    return name.upper()

@@ -241,6 +241,7 @@ class _ConfigReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = str(checkpoint.directory / "config.json")
         self._config = checkpoint.config
+        self._n_tensors = len(checkpoint.tensors)
         self._has_head = "lm_head.weight" in checkpoint.tensors
         # transformers 5 gathers in rope_parameters what used to be rope_scaling and entries beside it.
         rope = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
@@ -251,6 +252,8 @@ class _ConfigReader:
     def read(self) -> BackboneConfig:
         hidden, heads = self._size("hidden_size"), self._size("num_attention_heads")
         kv_heads, layers = self._size("num_key_value_heads"), self._size("num_hidden_layers")
+        if layers > self._n_tensors:  # before as many names are made
+            raise self._wrong("num_hidden_layers", f"{layers} layers need more than the {self._n_tensors} tensors here")
         if heads % kv_heads:
             raise self._wrong("num_key_value_heads", f"{kv_heads} does not divide the {heads} attention heads")
         if self._config.get("head_dim") is None and hidden % heads:

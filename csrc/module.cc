@@ -4,16 +4,20 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <string>
+#include <thread>
 #include <variant>
 #include <vector>
 
 #include "base/bandwidth.h"
 #include "base/error.h"
+#include "decoder/adapter.h"
 #include "decoder/config.h"
 #include "decoder/decoder.h"
 #include "decoder/memory.h"
@@ -68,6 +72,39 @@ void translate_error(std::exception_ptr exception) {
   }
 }
 
+// --- The interpreter lock ---
+
+// A thread that asks for the lock when the interpreter is shutting down is ended there and then, which no C++ frame survives.
+// So at exit those that compute are told to stop, and waited for.
+std::atomic<bool> exiting{false};
+std::atomic<int> n_outside{0};  // threads in C++ that will ask for the lock
+
+// Gives the lock away for as long as it lives.
+class WithoutInterpreter {
+ private:
+  struct Counted {
+    Counted() {
+      if (exiting) throw CancelledError();
+      ++n_outside;
+    }
+    ~Counted() { --n_outside; }
+  };
+  Counted counted_;  // before and after the other
+  py::gil_scoped_release release_;
+};
+
+void stop_all() {
+  exiting = true;  // progress functions say no from here on
+  const py::gil_scoped_release release;
+  while (n_outside > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+void stop_all_at_exit() {
+  py::module_::import("atexit").attr("register")(py::cpp_function(&stop_all));
+  // The child of a fork has none of the other threads.
+  py::module_::import("os").attr("register_at_fork")("after_in_child"_a = py::cpp_function([] { n_outside = 0; }));
+}
+
 // --- Files ---
 
 std::string fs_path(const py::object& path) {
@@ -118,7 +155,7 @@ py::array_t<uint8_t> read_tensor(const gguf::File& file, const std::string& name
   if (!tensor) throw BundleError(file.paths()[0], "tensor '" + name + "'", "not in this file");
   std::unique_ptr<uint8_t[]> bytes;
   {
-    const py::gil_scoped_release release;
+    const WithoutInterpreter outside;
     bytes.reset(new uint8_t[tensor->n_bytes]);
     file.read(*tensor, 0, tensor->n_bytes, bytes.get());
   }
@@ -140,7 +177,7 @@ void bind_gguf(py::module_& m) {
   py::class_<File, std::shared_ptr<File>>(m, "GgufFile", "A GGUF file, or all shards of one; checked when opened.")
       .def(py::init([](const py::object& path) {
              const std::string bytes = fs_path(path);
-             const py::gil_scoped_release release;
+             const WithoutInterpreter outside;
              return std::make_shared<File>(bytes);
            }),
            "path"_a, "Raises FileError or BundleError.")
@@ -161,6 +198,7 @@ class PythonProgress {
   explicit PythonProgress(py::object function) : function_(std::move(function)) {}
 
   bool operator()(int64_t done, int64_t total) {
+    if (exiting) return false;
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) return keep_error();
     if (function_.is_none()) return true;
@@ -177,7 +215,7 @@ class PythonProgress {
   template <class Work>
   void guard(Work&& work) {
     try {
-      const py::gil_scoped_release release;
+      const WithoutInterpreter outside;
       work();
     } catch (const CancelledError&) {
       if (!error_) throw;
@@ -227,7 +265,7 @@ py::array_t<uint8_t> quantize(uint32_t type_id, const FloatArray& rows, int n_th
   uint8_t* to = out.mutable_data();
   const float *from = rows.data(), *weights = importance ? importance->data() : nullptr;
   const int64_t n_rows = rows.shape(0), n_columns = rows.shape(1);
-  const py::gil_scoped_release release;
+  const WithoutInterpreter outside;
   ThreadPool pool(n_threads);
   quantize_rows(*format, select_kernels("").quantize_row[format_index(*format)], from, n_rows, n_columns, weights, to, pool);
   return out;
@@ -267,7 +305,7 @@ void bind_kernels(py::module_& m) {
   m.def("quantize", &quantize, "type_id"_a, "rows"_a, "n_threads"_a = 1, "importance"_a = py::none(),
         "Floats [n_rows, n_columns] to file blocks, uint8[n_rows, row_bytes], with the least importance[column] * error^2.");
   m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
-        py::call_guard<py::gil_scoped_release>());
+        py::call_guard<WithoutInterpreter>());
 
   py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
   py::class_<PanelMatrix>(m, "PackedMatrix", "Weights as the kernels read them; for tests and benchmarks.")
@@ -292,7 +330,7 @@ void bind_kernels(py::module_& m) {
             float* to = out.mutable_data();
             const float* from = x.data();
             const int64_t n_tokens = x.shape(0);
-            const py::gil_scoped_release release;
+            const WithoutInterpreter outside;
             if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
             return out;
           },
@@ -416,6 +454,21 @@ void bind_decoder(py::module_& m) {
       .def_property_readonly("embedding_bytes", [](const Model& model) { return model.weights().embedding.n_bytes(); })
       .def_property_readonly("isa", [](const Model& model) { return model.kernels().name; })
       .def_property_readonly("n_threads", [](Model& model) { return model.pool().size(); });
+  py::class_<Adapter, std::shared_ptr<Adapter>>(m, "Adapter", "A LoRA adapter in memory, for the sessions of one model.")
+      .def(py::init(
+               [](std::shared_ptr<Model> model, const gguf::File& file, uint64_t available_memory, const py::object& progress) {
+                 PythonProgress python(progress);
+                 std::shared_ptr<Adapter> adapter;
+                 python.guard([&] {
+                   adapter = std::make_shared<Adapter>(
+                       std::move(model), file, available_memory,
+                       [&python](uint64_t done, uint64_t total) { return python(int64_t(done), int64_t(total)); });
+                 });
+                 return adapter;
+               }),
+           "model"_a, "file"_a, "available_memory"_a = UINT64_MAX, "progress"_a = py::none(),
+           "available_memory: bytes it may take.  Raises BundleError, OutOfMemoryError.")
+      .def_property_readonly("n_bytes", &Adapter::n_bytes);
   py::class_<Session>(m, "Session", "One sequence and its KV cache.")
       .def(py::init([](std::shared_ptr<Model> model, int64_t n_context, const std::string& kv_type) {
              return std::make_unique<Session>(std::move(model), n_context, kv_type_of(kv_type));
@@ -443,6 +496,11 @@ void bind_decoder(py::module_& m) {
           },
           "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
       .def("truncate", &Session::truncate, "n_tokens"_a)
+      .def(
+          "set_adapter",
+          [](Session& session, const std::shared_ptr<Adapter>& adapter, double scale) { session.set_adapter(adapter, scale); },
+          "adapter"_a.none(true), "scale"_a = 1.0,
+          "From the next extension on, for the whole sequence; what was computed otherwise is computed again.")
       .def("n_reusable", &Session::n_reusable, "n_tokens"_a)
       .def("collect_input_squares", &Session::collect_input_squares, "enabled"_a,
            "Starts at zero, or stops; see input_squares().")
@@ -509,7 +567,7 @@ void bind_sampler(py::module_& m) {
                                std::to_string(logits.size()) + " in " + std::to_string(logits.ndim()));
             }
             const float* data = logits.data();
-            py::gil_scoped_release release;
+            const WithoutInterpreter outside;
             return self.sample(data);
           },
           py::arg("logits"))
@@ -524,6 +582,7 @@ void bind_sampler(py::module_& m) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled decoder of phi4edge.  Use the Python classes around it.";
   py::register_local_exception_translator(&phi4edge::translate_error);
+  phi4edge::stop_all_at_exit();
   phi4edge::bind_gguf(m);
   phi4edge::bind_kernels(m);
   phi4edge::bind_config(m);

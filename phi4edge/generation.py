@@ -233,6 +233,8 @@ class Generation:
     usage: Usage
     timings: Timings = Timings()
     logprobs: tuple[TokenLogprob, ...] = ()
+    adapter: str | None = None  # its name; None: the model as it is
+    adapter_scale: float = 1.0
 
     def as_json(self) -> dict[str, Any]:
         """Plain types for ``json.dumps(..., allow_nan=False)``; a log-probability of minus infinity becomes null."""
@@ -243,6 +245,7 @@ class Generation:
             "usage": self.usage.as_json(),
             "timings": self.timings.as_json(),
             "logprobs": [each.as_json() for each in self.logprobs],
+            "adapter": None if self.adapter is None else {"name": self.adapter, "scale": self.adapter_scale},
         }
 
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4edge import _core, machine
-from phi4edge.bundle import backbone_of
+from phi4edge.adapters import AdapterSet, checked_scale
+from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.errors import InputError, UsageError
 from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
 from phi4edge.info import check_options, choose_context, context_warnings
@@ -45,7 +47,7 @@ def load(
     check_memory: bool = True,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a GGUF model, or the one in a bundle directory.
+    """Loads a GGUF model, or the one in a bundle directory, whose adapters are there by name and read when first used.
 
     context: tokens that a conversation may have; None takes what the model was trained on, at most 4096.
     threads: None takes the physical cores that this process may use.
@@ -59,7 +61,8 @@ def load(
     started = time.perf_counter()
     check_options(context, kv_type)
     n_threads, thread_warning = machine.clamp_threads(threads)
-    file = _core.GgufFile(backbone_of(path))
+    bundle = bundle_at(path)
+    file = _core.GgufFile(path if bundle is None else bundle.part(BACKBONE))
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
@@ -73,7 +76,17 @@ def load(
     if thread_warning:
         warnings.append(thread_warning)
     return Model(
-        os.fspath(path), core, tokenizer, template, metadata, n_context, kv_type, load_seconds, tuple(warnings)
+        os.fspath(path),
+        core,
+        tokenizer,
+        template,
+        metadata,
+        n_context,
+        kv_type,
+        load_seconds,
+        tuple(warnings),
+        adapter_files={} if bundle is None else bundle.adapters(),
+        check_memory=check_memory,
     )
 
 
@@ -149,6 +162,10 @@ class Session:
     def clear(self) -> None:
         self.truncate(0)
 
+    def use(self, adapter: _core.Adapter | None, scale: float = 1.0) -> None:
+        """The adapter for the whole sequence, from the next ``extend`` on, which computes again what was without it."""
+        self._core.set_adapter(adapter, scale)
+
     def cancel(self) -> None:
         """Ends the ``extend`` that runs in another thread, which raises Cancelled there."""
         self._core.cancel()
@@ -171,6 +188,9 @@ class Model:
         kv_type: str,
         load_seconds: float,
         warnings: tuple[str, ...] = (),
+        *,
+        adapter_files: Mapping[str, str | os.PathLike[str]] | None = None,
+        check_memory: bool = True,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -188,6 +208,8 @@ class Model:
         self._load_seconds = load_seconds
         self._session: Session | None = None
         self._turn = object()  # the answer that owns the session
+        self._check_memory = check_memory
+        self._adapters: AdapterSet[_core.Adapter] = AdapterSet(adapter_files or {})
 
     def __repr__(self) -> str:
         name = self.config.name or self.config.architecture
@@ -207,6 +229,47 @@ class Model:
         """Gives the memory back; the model cannot be used after."""
         self._core = None
         self._session = None
+        self._adapters = AdapterSet({})
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names for ``adapter=``: those of the bundle, and those that were loaded."""
+        return self._adapters.names
+
+    def load_adapter(
+        self, name: str, path: str | os.PathLike[str] | None = None, progress: Progress | None = None
+    ) -> None:
+        """Reads a LoRA adapter from a GGUF file, for any number of requests; the weights of the model stay as they are.
+
+        path: None reads the adapter of that name in the bundle now instead of when it is first used.
+        progress: called with (bytes done, bytes in all); False cancels.
+
+        Raises UsageError (the name is taken, or there is none), FileError, BundleError (made for another base, or
+        damaged), OutOfMemoryError, Cancelled; then nothing has changed.
+
+        Example: ``model.load_adapter("legal", "legal.lora.gguf"); model.generate("Hi", adapter="legal")``.
+        """
+        self._require_core()
+        if path is None:
+            self._adapters.get(name, self._adapter_reader(progress))
+        else:
+            self._adapters.add(name, path, self._adapter_reader(progress))
+
+    def unload_adapter(self, name: str) -> None:
+        """Gives an adapter's memory back, once the answers that use it are done.
+
+        One of the bundle is read again when it is next used.
+        """
+        self._adapters.remove(name)
+
+    def _adapter_reader(self, progress: Progress | None = None) -> Callable[[str | os.PathLike[str]], _core.Adapter]:
+        core = self._require_core()
+
+        def read(path: str | os.PathLike[str]) -> _core.Adapter:
+            available = _core.available_memory() if self._check_memory else 2**64 - 1
+            return _core.Adapter(core, _core.GgufFile(path), available, progress)
+
+        return read
 
     @property
     def kv_bytes(self) -> int:
@@ -221,9 +284,19 @@ class Model:
     def _kv_bytes(self, n_tokens: int) -> int:
         return _core.kv_bytes_per_token(self.config, self.kv_type) * n_tokens
 
-    def session(self) -> Session:
-        """A new, empty sequence of up to ``context`` tokens."""
-        return Session(_core.Session(self._require_core(), self.context, self.kv_type))
+    def session(self, *, adapter: str | None = None, adapter_scale: float = 1.0) -> Session:
+        """A new, empty sequence of up to ``context`` tokens, with an adapter or without."""
+        return self._new_session(self.context, self._choose(adapter, adapter_scale))
+
+    def _new_session(self, context: int, choice: _AdapterChoice) -> Session:
+        session = Session(_core.Session(self._require_core(), context, self.kv_type))
+        session.use(choice.core, choice.scale)
+        return session
+
+    def _choose(self, name: str | None, scale: float) -> _AdapterChoice:
+        return _AdapterChoice(
+            name, checked_scale(scale), None if name is None else self._adapters.get(name, self._adapter_reader())
+        )
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a prompt: a user's text, messages, or ids as they are."""
@@ -243,11 +316,13 @@ class Model:
         ids: Any = prompt
         return token_ids(ids)
 
-    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, tokens: Sequence[int], *, adapter: str | None = None, adapter_scale: float = 1.0
+    ) -> npt.NDArray[np.float32]:
         """Logits after each of the tokens, float32 [n_tokens, vocab].  Leaves the conversation alone."""
         ids = token_ids(tokens)
         n_context = min(self.context, max(1, len(ids)))
-        return Session(_core.Session(self._require_core(), n_context, self.kv_type)).extend(ids, logits="all")
+        return self._new_session(n_context, self._choose(adapter, adapter_scale)).extend(ids, logits="all")
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
         """The whole answer; see :meth:`stream`."""
@@ -261,14 +336,18 @@ class Model:
         config: GenerationConfig | None = None,
         *,
         progress: Progress | None = None,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
         **overrides: Any,
     ) -> Generator[Piece, None, None]:
         """Pieces of the answer as they come; ``last`` tells the rest afterwards, also when the loop was left early.
 
         prompt: one user message, messages for the chat template, or token ids.
         progress: called with (tokens done, tokens to do) while the prompt is computed.
+        adapter: one of ``adapters``, for the prompt and the answer; None is the model as it is.
+        adapter_scale: multiplies what the adapter adds; any finite number.
         overrides: fields of GenerationConfig.
-        What the prompt has in common with the one before is not computed again.
+        What the prompt has in common with the one before is not computed again if the adapter and scale are the same.
 
         Raises UsageError, InputError (an empty prompt, or one that does not fit the context), Cancelled.
         """
@@ -285,7 +364,9 @@ class Model:
                 f"the prompt has {len(tokens)} tokens and the context holds {self.context}, the answer included",
                 hint="shorten the prompt, or load the model with a larger context",
             )
-        return self._stream(tokens, _Answer(self, config, len(tokens), continues=not _is_chat(prompt)), progress)
+        choice = self._choose(adapter, adapter_scale)
+        answer = _Answer(self, config, len(tokens), choice, continues=not _is_chat(prompt))
+        return self._stream(tokens, answer, progress)
 
     def cancel(self) -> None:
         """Ends the answer that another thread is generating; it raises Cancelled there."""
@@ -299,6 +380,7 @@ class Model:
         turn = self._turn = object()
         try:
             started = time.perf_counter()
+            session.use(answer.adapter.core, answer.adapter.scale)
             answer.cached_tokens = session.reuse(prompt)
             logits = session.extend(prompt[len(session.tokens) :], progress=progress)
             answer.prefill_seconds = time.perf_counter() - started
@@ -336,10 +418,22 @@ class Model:
         return self._core
 
 
+@dataclass(frozen=True)
+class _AdapterChoice:
+    """What a request asked for; keeps the adapter in memory as long as the request lasts."""
+
+    name: str | None
+    scale: float
+    core: _core.Adapter | None
+
+
 class _Answer:
     """An answer in the making: picks tokens, turns them into text, and knows when to stop."""
 
-    def __init__(self, model: Model, config: GenerationConfig, n_prompt: int, *, continues: bool) -> None:
+    def __init__(
+        self, model: Model, config: GenerationConfig, n_prompt: int, adapter: _AdapterChoice, *, continues: bool
+    ) -> None:
+        self.adapter = adapter
         self._model = model
         self._config = config
         self._n_prompt = n_prompt
@@ -418,6 +512,8 @@ class _Answer:
                 n_decoded=self.n_decoded,
             ),
             logprobs=tuple(self._logprobs),
+            adapter=self.adapter.name,
+            adapter_scale=self.adapter.scale,
         )
 
 

@@ -32,12 +32,13 @@ OPS: Mapping[str, frozenset[str]] = {
     "": frozenset({
         "Abs", "Add", "And", "AveragePool", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv",
         "ConvInteger", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Equal", "Erf", "Expand", "Floor",
-        "Gather", "Gelu", "Gemm", "Identity", "LayerNormalization", "Less", "MatMul", "MatMulInteger", "Max",
-        "Min", "Mul", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "ReduceMax", "ReduceMean",
-        "ReduceSum", "Relu", "Reshape", "Round", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
-        "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+        "Gather", "GatherElements", "Gelu", "Gemm", "Identity", "LayerNormalization", "Less", "MatMul",
+        "MatMulInteger", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range",
+        "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "ScatterElements",
+        "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK",
+        "Transpose", "Unsqueeze", "Where",
     }),
-    "com.microsoft": frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"}),
+    "com.microsoft": frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention"}),
 }
 # fmt: on
 

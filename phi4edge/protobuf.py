@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from phi4edge.errors import BundleError
 
-# Of a whole file.  Lists and names are kept in memory, and each field takes a microsecond or three.
-_MOST_VALUES = 150_000
+# Of a whole file.  The full-size encoders have up to 30,000 values; each takes some microseconds and a little memory.
+_MOST_VALUES = 100_000
 _MOST_TEXT = 32 << 20  # bytes
 
 _LONGEST_TEXT = 1 << 14  # bytes

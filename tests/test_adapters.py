@@ -17,7 +17,6 @@ import pytest
 
 from peers import LlamaCpp
 from phi4edge.converters.adapters import (
-    ADAPTER_TYPES,
     Adapter,
     adapter_bytes,
     built_in_adapters,
@@ -26,7 +25,7 @@ from phi4edge.converters.adapters import (
 )
 from phi4edge.converters.checkpoint import Checkpoint
 from phi4edge.converters.files import Written
-from phi4edge.converters.mixes import fitting_type
+from phi4edge.converters.mixes import ADAPTER_TYPES, fitting_type
 from phi4edge.converters.variants import BackboneConfig, read_config, variant_of
 from phi4edge.errors import BundleError, FileError, UsageError
 from tiny_adapters import (
@@ -474,7 +473,7 @@ def test_C10_a_product_that_is_too_large_names_its_tensor(tmp_path: Path) -> Non
     for matrix in "AB":
         tensors[f"{DOWN}.lora_{matrix}.weight"][:] = 1e30
     folder = write_adapter_folder(tmp_path / "lora", tensors, peft_config(RANK))
-    problem = f"tensor '{DOWN}.lora_B.weight': has, or makes, a NaN or an infinity"
+    problem = f"tensor '{DOWN}.lora_B.weight': has a NaN or an infinity"
     config = base_config(tmp_path / "base", **SMALL)
     with read_peft_adapter("mine", folder, config) as adapter, pytest.raises(BundleError, match=problem):
         adapter.delta("blk.1.ffn_down", 0, 1)

@@ -227,6 +227,10 @@ def test_C3_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 BROKEN_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"num_hidden_layers": None}, "num_hidden_layers: is missing"),
     "layers as text": ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+    "more layers than tensors": (
+        {"num_hidden_layers": 2_000_000_000},
+        "num_hidden_layers: 2000000000 layers need more",
+    ),
     "boolean heads": ({"num_attention_heads": True}, "num_attention_heads"),
     "negative size": ({"hidden_size": -256}, "hidden_size"),
     "heads do not divide": ({"num_attention_heads": 6}, "divide"),

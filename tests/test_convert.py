@@ -412,7 +412,7 @@ def test_C5_too_little_space_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr("phi4edge.converters.bundle_writer.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("phi4edge.converters.new_file.shutil.disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match="are free"):
         convert(tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", "f32")
     assert not (tmp_path / "bundle").exists()

@@ -114,7 +114,11 @@ def test_3_onnxruntime_only_in_encoders() -> None:
     assert importers_of("onnxruntime") <= {"phi4edge/encoders.py"}
 
 
-@pytest.mark.parametrize("peer", ["torch", "transformers", "llama_cpp", "tokenizers"])
+def test_3_the_network_only_in_pull() -> None:
+    assert importers_of("huggingface_hub") <= {"converters/pull.py", "converters/download.py"}
+
+
+@pytest.mark.parametrize("peer", ["torch", "transformers", "peft", "llama_cpp", "tokenizers"])
 def test_3_peers_only_in_tests_and_benchmarks(peer: str) -> None:
     assert importers_of(peer) == set()
 

@@ -12,10 +12,8 @@ from peers import require
 from phi4edge.bundle import Bundle
 from phi4edge.converters.checkpoint import Checkpoint
 from phi4edge.converters.convert import convert
-from processes import ROOT
 
 benchmark: Any = pytest.importorskip("benchmarks.random_checkpoint", reason="only in the source tree")
-pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="only in the source tree")
 
 
 def write(directory: Path, layout: str) -> Path:
@@ -36,10 +34,20 @@ def test_names_and_shapes_are_those_of_transformers(tmp_path: Path, layout: str)
         assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == expected
 
 
+@pytest.mark.parametrize(
+    "layout, n_values, n_tensors",
+    [("phi3", 3_836_021_760, 194), ("phi4_multimodal", 5_574_460_384, 1535), ("phi4mm", 5_574_460_384, 2047)],
+)
+def test_the_full_size_is_the_published_one(layout: str, n_values: int, n_tensors: int) -> None:
+    assert benchmark.totals(benchmark.SHAPES["phi4"], layout) == (n_values, 3_836_021_760, n_tensors)
+
+
 @pytest.mark.parametrize("layout", ["phi3", "phi4_multimodal", "phi4mm"])
 def test_a_conversion_takes_it(tmp_path: Path, layout: str) -> None:
     convert(write(tmp_path / "checkpoint", layout), tmp_path / "bundle", "q4_k_m")
-    assert Bundle.open(tmp_path / "bundle").manifest.variant.startswith("phi4")
+    roles = {part.role for part in Bundle.open(tmp_path / "bundle").manifest.parts}
+    media = {"vision", "audio", "adapter:vision", "adapter:speech"}
+    assert roles == {"backbone"} | (set() if layout == "phi3" else media)
 
 
 def test_weights_are_gaussian_and_the_same_each_time(tmp_path: Path) -> None:

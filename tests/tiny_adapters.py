@@ -103,14 +103,14 @@ def peft_model(directory: Path, lora: Mapping[str, Any], **options: Any) -> Any:
     return model
 
 
-def set_llama_cpp_adapter(peer: LlamaCpp, path: Path) -> None:
+def set_llama_cpp_adapter(peer: LlamaCpp, path: Path, scale: float = 1.0) -> None:
     """Has llama.cpp add an adapter of ours from now on; RuntimeError when it does not take it."""
     api, model, context = peer._api, peer._model, peer._context
     adapter = api.llama_adapter_lora_init(model, str(path).encode())
     if not adapter:
         raise RuntimeError(f"llama.cpp does not load {path}")
     status = api.llama_set_adapters_lora(
-        context, (api.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)
+        context, (api.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(scale)
     )
     if status != 0:
         raise RuntimeError(f"llama_set_adapters_lora returned {status}")

@@ -251,18 +251,18 @@ def original_config(shape: MediaShape, config: Any) -> dict[str, Any]:
 def _random_values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
     """Nothing stays zero or one, as fresh weights are, so that leaving something out is seen."""
     if name.endswith("global_mean"):  # of log-mel energies
-        return np.float32(18) + _normal(rng, shape, 1.0)
+        return _normal(rng, shape, 1.0, 18.0)
     if name.endswith("global_invstd"):
-        return np.float32(0.3) + np.abs(_normal(rng, shape, 0.05))
+        return _normal(rng, shape, 0.03, 0.3)
     if "norm" in name and name.endswith(".weight"):
-        return np.exp(_normal(rng, shape, 0.25)).astype(np.float32)
+        return _normal(rng, shape, 0.25, 1.0)
     if len(shape) < 2 or name.endswith(_CRUMBS):
         return _normal(rng, shape, 0.3)
     return _normal(rng, shape, 0.6 / math.sqrt(math.prod(shape[1:])))
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> Array:
-    return (deviation * rng.standard_normal(shape)).astype(np.float32)
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float, mean: float = 0.0) -> Array:
+    return (mean + deviation * rng.standard_normal(shape)).astype(np.float32)
 
 
 def _write_adapter(directory: Path, shape: MediaShape, adapter: str, dtype: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from peers import require
+from onnx import TensorProto, helper
+from onnx.numpy_helper import from_array
 
 HIDDEN = 8
 CROP_SIZE = 56  # 4 x 4 patches, 4 tokens
@@ -21,11 +21,10 @@ Array = npt.NDArray[Any]
 
 def vision_model(**metadata: str) -> Any:
     """Tokens are a linear function of the mean colour and of the share of valid patches below them."""
-    helper, types, from_array = _onnx()
     size, n_patches = CROP_SIZE, CROP_SIZE // 14
     nodes = [
         helper.make_node("AveragePool", ["pixel_values"], ["colours"], kernel_shape=[28, 28], strides=[28, 28]),
-        helper.make_node("Cast", ["patch_mask"], ["mask"], to=types.FLOAT),
+        helper.make_node("Cast", ["patch_mask"], ["mask"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["mask", "axis_1"], ["mask_4d"]),
         helper.make_node("AveragePool", ["mask_4d"], ["shares"], kernel_shape=[2, 2], strides=[2, 2]),
         helper.make_node("Concat", ["colours", "shares"], ["channels"], axis=1),
@@ -35,18 +34,20 @@ def vision_model(**metadata: str) -> Any:
         helper.make_node("Split", ["separators"], ["row_separator", "view_separator"], axis=0),
     ]
     inputs = [
-        helper.make_tensor_value_info("pixel_values", types.FLOAT, ["crops", 3, size, size]),
-        helper.make_tensor_value_info("patch_mask", types.BOOL, ["crops", n_patches, n_patches]),
+        helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["crops", 3, size, size]),
+        helper.make_tensor_value_info("patch_mask", TensorProto.BOOL, ["crops", n_patches, n_patches]),
     ]
     outputs = [
-        helper.make_tensor_value_info("crop_embeddings", types.FLOAT, ["crops", n_patches * n_patches // 4, HIDDEN]),
-        helper.make_tensor_value_info("row_separator", types.FLOAT, [1, HIDDEN]),
-        helper.make_tensor_value_info("view_separator", types.FLOAT, [1, HIDDEN]),
+        helper.make_tensor_value_info(
+            "crop_embeddings", TensorProto.FLOAT, ["crops", n_patches * n_patches // 4, HIDDEN]
+        ),
+        helper.make_tensor_value_info("row_separator", TensorProto.FLOAT, [1, HIDDEN]),
+        helper.make_tensor_value_info("view_separator", TensorProto.FLOAT, [1, HIDDEN]),
     ]
     weights = [
         from_array(VISION_WEIGHT, "weight"),
-        helper.make_tensor("separators", types.FLOAT, [2, HIDDEN], SEPARATORS.ravel()),  # as float_data
-        helper.make_tensor("flat", types.INT64, [3], [0, 4, -1]),  # as int64_data
+        helper.make_tensor("separators", TensorProto.FLOAT, [2, HIDDEN], SEPARATORS.ravel()),  # as float_data
+        helper.make_tensor("flat", TensorProto.INT64, [3], [0, 4, -1]),  # as int64_data
         from_array(np.array([1]), "axis_1"),
     ]
     return _model(nodes, inputs, outputs, weights, {"kind": "vision", "crop_size": str(size)} | metadata)
@@ -65,7 +66,6 @@ def audio_model(**metadata: str) -> Any:
     """A token is a linear function of the mean of 15 frames, those the real convolutions see; then the window that it
     is in: how many tokens that has with its padding, the branch, and how many context tokens were dropped.
     """
-    helper, types, from_array = _onnx()
     nodes = [
         helper.make_node("Transpose", ["features"], ["mels"], perm=[0, 2, 1]),
         helper.make_node(
@@ -79,15 +79,15 @@ def audio_model(**metadata: str) -> Any:
         helper.make_node("Max", ["n_tokens", "window"], ["padded"]),
         helper.make_node("Reshape", ["branch", "one"], ["branch_1d"]),
         helper.make_node("Concat", ["padded", "branch_1d", "skip_1d"], ["facts"], axis=0),
-        helper.make_node("Cast", ["facts"], ["facts_float"], to=types.FLOAT),
+        helper.make_node("Cast", ["facts"], ["facts_float"], to=TensorProto.FLOAT),
         helper.make_node("Shape", ["tokens"], ["shape"], start=0, end=2),
         helper.make_node("Concat", ["shape", "three"], ["facts_shape"], axis=0),
         helper.make_node("Expand", ["facts_float", "facts_shape"], ["facts_3d"]),
         helper.make_node("Concat", ["projected", "facts_3d"], ["embeddings"], axis=2),
     ]
-    inputs = [helper.make_tensor_value_info("features", types.FLOAT, ["windows", "frames", 80])]
-    inputs += [helper.make_tensor_value_info(name, types.INT64, []) for name in ("skip", "window", "branch")]
-    outputs = [helper.make_tensor_value_info("embeddings", types.FLOAT, ["windows", "tokens", HIDDEN])]
+    inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["windows", "frames", 80])]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("skip", "window", "branch")]
+    outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["windows", "tokens", HIDDEN])]
     weights = [from_array(AUDIO_WEIGHT, "weight")]
     weights += [from_array(np.array([n]), name) for name, n in {"one": 1, "end": 1 << 40, "three": 3}.items()]
     return _model(nodes, inputs, outputs, weights, {"kind": "audio"} | metadata)
@@ -108,17 +108,8 @@ def save(model: Any, path: Path) -> Path:
 def _model(
     nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: list[Any], metadata: dict[str, str]
 ) -> Any:
-    helper, _, _ = _onnx()
     graph = helper.make_graph(nodes, "encoder", inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     entries = {"version": "1", "precision": "fp32", "hidden": str(HIDDEN)} | metadata
     helper.set_model_props(model, {f"phi4edge.{key}": value for key, value in entries.items()})
     return model
-
-
-def _onnx() -> tuple[Any, Any, Any]:
-    """onnx.helper, onnx.TensorProto, onnx.numpy_helper.from_array."""
-    onnx = require("onnx")
-    require("onnx.helper")
-    require("onnx.numpy_helper")
-    return onnx.helper, onnx.TensorProto, onnx.numpy_helper.from_array

@@ -3,17 +3,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <utility>
 
 #include "base/error.h"
+#include "base/text.h"
 #include "kernels/dispatch.h"
 
 namespace phi4edge {
 namespace {
 
 constexpr int64_t kQueryTokens = 8;                       // tokens whose queries meet a KV head together
-constexpr size_t kLoopsPerLayer = 20, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
+constexpr size_t kLoopsPerLayer = 40, kLoopsOutside = 8;  // more than there are, each matrix being one; see Worker::share
 
 int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -133,6 +135,28 @@ void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor whi
   compute(n_before, which, logits, progress);
 }
 
+void Session::set_adapter(std::shared_ptr<const Adapter> adapter, double scale) {
+  const OneAtATime guard(in_use_);
+  if (!std::isfinite(scale)) throw InputError(text("the scale of an adapter must be a finite number, got ", scale));
+  if (scale == 0.0) adapter = nullptr;
+  if (!adapter) {
+    adapter_ = nullptr;
+    adapter_scale_ = 0.0;
+    return;
+  }
+  if (&adapter->model() != model_.get()) {
+    throw InputError("the adapter was loaded for another model", "load it for the model of this session");
+  }
+  if (std::abs(scale) * adapter->max_scale() > double(std::numeric_limits<float>::max())) {
+    throw InputError(text("the scale ", scale, " of the adapter is too large"));
+  }
+  if (!low_rank_.fits(*adapter)) {
+    low_rank_ = LowRank(kBatch, adapter->max_total_rank(), adapter->max_parts(), model_->pool().size());
+  }
+  adapter_ = std::move(adapter);
+  adapter_scale_ = scale;
+}
+
 void Session::collect_input_squares(bool enabled) {
   const OneAtATime guard(in_use_);
   if (enabled) squares_ = std::make_unique<InputSquares>(model_->layout());
@@ -162,8 +186,8 @@ void Session::drop_inputs(int64_t n_kept) {
 
 void Session::compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress) {
   const int64_t n = n_tokens();
-  n_cached_ = n_reusable(n);  // never two rotations in one cache
-  cached_long_ = uses_long_factors(n);
+  n_cached_ = n_reusable(n);
+  cached_as_ = regime_of(n);
   cancelled_ = stop_ = false;
   progress_ = &progress;
   done_ = 0, total_ = n - n_cached_;
@@ -208,7 +232,8 @@ bool Session::should_stop() {
 void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) {
   const RopeConfig& rope = config().rope;
   for (int64_t t = 0; t < n; ++t) {
-    rope_angles(rope, cached_long_, first + t, cosine_.get() + t * (rope.n_dims / 2), sine_.get() + t * (rope.n_dims / 2));
+    rope_angles(rope, cached_as_.long_factors, first + t, cosine_.get() + t * (rope.n_dims / 2),
+                sine_.get() + t * (rope.n_dims / 2));
   }
   counters_.reset();
   model_->pool().run([&](int thread) {
@@ -272,15 +297,22 @@ bool Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n)
   return true;
 }
 
-// One of the layer's four products: out[token] = W x[token], x being quantised already.
+// One of the layer's products: out[token] = W x[token], x being quantised already; and what the adapter adds to it.
 void Session::project(Worker& worker, int64_t layer, Product product, const float* x, int64_t n, float* out) {
-  const LayerWeights& w = model_->weights().layers[size_t(layer)];
-  const std::span<const PanelMatrix> matrices = w.product(product);
+  const std::span<const PanelMatrix> matrices = model_->weights().layers[size_t(layer)].product(product);
+  const KernelTable& kernels = model_->kernels();
   int64_t n_rows = 0;
   for (const PanelMatrix& matrix : matrices) n_rows += matrix.n_rows;
   const int64_t n_columns = matrices.front().n_columns;
+  const Activations input = activations_.view(n, n_columns, x, n_columns);
+  const LowRankUpdate* update = adapter_ ? adapter_->update(layer, product) : nullptr;
+
   if (active_squares_) active_squares_->add(worker, active_squares_->at(layer, product), x, n);
-  matmul(worker, model_->kernels(), matrices, activations_.view(n, n_columns, x, n_columns), out, n_rows);
+  if (update) low_rank_.multiply_a(worker, kernels, *update, input);
+  matmul(worker, kernels, matrices, input, out, n_rows);
+  if (!update) return;
+  worker.wait();
+  low_rank_.add_b(worker, kernels, *update, n, adapter_scale_, out, n_rows);
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.

@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "decoder/adapter.h"
 #include "decoder/config.h"
 #include "decoder/input_squares.h"
 #include "decoder/kv_cache.h"
+#include "decoder/low_rank.h"
 #include "decoder/memory.h"
 #include "decoder/ops.h"
 #include "decoder/weights.h"
@@ -49,7 +51,8 @@ using ForwardProgress = std::function<bool(int64_t done, int64_t total)>;
 // One sequence: its inputs, and the KV cache of those that were computed.
 //
 // LongRoPE: the whole sequence uses the short factors while it has at most rope.original_context tokens, and the long
-// factors beyond; when an extension (or a truncation) changes sides, everything cached is computed again.
+// factors beyond; when an extension (or a truncation) changes sides, everything cached is computed again.  So it is when the
+// adapter or its scale changed: keys and values of two kinds never meet in one cache.
 class Session {
  public:
   Session(std::shared_ptr<Model> model, int64_t n_context, KvType kv_type);
@@ -61,8 +64,12 @@ class Session {
   void extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits, const ForwardProgress& progress);
 
   void truncate(int64_t n_tokens);
-  // How many of the cached tokens an extension to n_tokens in all will use: none when LongRoPE changes sides.
-  int64_t n_reusable(int64_t n_tokens) const { return uses_long_factors(n_tokens) == cached_long_ ? n_cached_ : 0; }
+  // How many of the cached tokens an extension to n_tokens in all will use: none when LongRoPE changes sides, or the adapter
+  // is another one.
+  int64_t n_reusable(int64_t n_tokens) const { return regime_of(n_tokens) == cached_as_ ? n_cached_ : 0; }
+  // From the next extension on, for the whole sequence.  nullptr: none.  Throws InputError (an adapter of another model, a
+  // scale that is not finite or too large, a call while another one runs).
+  void set_adapter(std::shared_ptr<const Adapter> adapter, double scale);
   void cancel() { cancelled_.store(true); }  // from any thread; ends the extend() that is running
 
   // Starts sums of squares of every matrix's inputs at zero, or stops adding to them.  Tokens that are computed again count
@@ -81,8 +88,17 @@ class Session {
   // A token id, or -1 - r for row r of embedding_rows_.
   using Input = int64_t;
 
-  bool uses_long_factors(int64_t n_tokens) const {
-    return config().rope.original_context > 0 && n_tokens > config().rope.original_context;
+  // What keys and values depend on, beside the inputs.
+  struct Regime {
+    bool long_factors = false;
+    uint64_t adapter = 0;  // its id; 0 is none
+    double scale = 0.0;
+    bool operator==(const Regime&) const = default;
+  };
+
+  Regime regime_of(int64_t n_tokens) const {
+    const int64_t original = config().rope.original_context;
+    return {original > 0 && n_tokens > original, adapter_ ? adapter_->id() : 0, adapter_scale_};
   }
   void check_room(int64_t n_new) const;
   void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
@@ -106,12 +122,15 @@ class Session {
   std::vector<Input> inputs_;
   std::vector<float> embedding_rows_;  // of the inputs that are not tokens, in order
   int64_t n_cached_ = 0;               // leading inputs whose keys and values are valid
-  bool cached_long_ = false;           // computed with the long factors
+  Regime cached_as_;                   // how those were computed
+  std::shared_ptr<const Adapter> adapter_;
+  double adapter_scale_ = 0.0;
 
   // Scratch of one batch.
   int64_t q_dim_, kv_dim_;
   AlignedArray<float> x_, normed_, qkv_, attention_, gate_up_, ffn_, delta_, cosine_, sine_;
   ActivationBuffer activations_;
+  LowRank low_rank_;
   std::vector<AlignedArray<uint8_t>> thread_scratch_;
   WorkCounters counters_;
 

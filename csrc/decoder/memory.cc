@@ -133,4 +133,11 @@ void require_memory(const MemoryNeed& need, uint64_t available) {
                                               : "use a much smaller context, or a model that is quantized to fewer bits");
 }
 
+void require_adapter_memory(uint64_t n_bytes, uint64_t available) {
+  if (n_bytes <= available) return;
+  throw OutOfMemoryError(
+      text("the adapter needs ", size_text(n_bytes), " of memory, but ", size_text(available), " are available"),
+      "unload another adapter, or use one that is quantized to fewer bits");
+}
+
 }  // namespace phi4edge

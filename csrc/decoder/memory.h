@@ -25,5 +25,6 @@ uint64_t available_memory(const std::string& root = "");
 
 // Throws OutOfMemoryError with all the numbers and what to change.
 void require_memory(const MemoryNeed& need, uint64_t available);
+void require_adapter_memory(uint64_t n_bytes, uint64_t available);
 
 }  // namespace phi4edge

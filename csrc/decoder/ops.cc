@@ -42,27 +42,41 @@ Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const fl
   return x;
 }
 
+namespace {
+
+// Rows of one matrix for all tokens, a share of them for each thread.
+void multiply_panels(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float* out,
+                     int64_t out_stride, bool adds, float factor) {
+  if (x.n_columns != matrix.n_columns) {
+    throw InputError("matmul: expected " + std::to_string(matrix.n_columns) + " inputs, got " + std::to_string(x.n_columns));
+  }
+  const auto kernel = kernels.matmul[format_index(*matrix.format)];
+  const int64_t n_panels = matrix.n_panels();
+  // Pieces of about 200 KB, but enough of them that the threads finish together; an even number of panels.
+  const int64_t by_size = std::max<int64_t>(1, int64_t((200 << 10) / matrix.panel_bytes));
+  const int64_t by_share = std::max<int64_t>(1, n_panels / (4 * worker.n_threads));
+  const int64_t grain = (std::min(by_size, by_share) + 1) / 2 * 2;
+  worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * kPanelRows;
+    kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
+            std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + row, out_stride, adds, factor,
+            worker.scratch});
+  });
+}
+
+}  // namespace
+
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
             int64_t out_stride) {
-  int64_t first_row = 0;
   for (const PanelMatrix& matrix : matrices) {
-    if (x.n_columns != matrix.n_columns) {
-      throw InputError("matmul: expected " + std::to_string(matrix.n_columns) + " inputs, got " + std::to_string(x.n_columns));
-    }
-    const auto kernel = kernels.matmul[format_index(*matrix.format)];
-    const int64_t n_panels = matrix.n_panels();
-    // Pieces of about 200 KB, but enough of them that the threads finish together; an even number of panels.
-    const int64_t by_size = std::max<int64_t>(1, int64_t((200 << 10) / matrix.panel_bytes));
-    const int64_t by_share = std::max<int64_t>(1, n_panels / (4 * worker.n_threads));
-    const int64_t grain = (std::min(by_size, by_share) + 1) / 2 * 2;
-    worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
-      const int64_t row = begin * kPanelRows;
-      kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
-              std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + first_row + row, out_stride,
-              worker.scratch});
-    });
-    first_row += matrix.n_rows;
+    multiply_panels(worker, kernels, matrix, x, out, out_stride, false, 0.0f);
+    out += matrix.n_rows;
   }
+}
+
+void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
+                 float* out, int64_t out_stride) {
+  multiply_panels(worker, kernels, matrix, x, out, out_stride, true, factor);
 }
 
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out) {

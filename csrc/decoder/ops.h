@@ -11,7 +11,8 @@
 
 #include "base/aligned.h"
 #include "base/thread_pool.h"
-#include "decoder/weights.h"
+#include "decoder/config.h"
+#include "decoder/panels.h"
 #include "kernels/kernels.h"
 
 namespace phi4edge {
@@ -69,6 +70,9 @@ class ActivationBuffer {
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
             int64_t out_stride);
+// out[token][row] += factor * product
+void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
+                 float* out, int64_t out_stride);
 
 // out = x / sqrt(mean(x^2) + epsilon) * weight
 void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);

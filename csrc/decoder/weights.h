@@ -2,28 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
-#include "base/aligned.h"
 #include "base/thread_pool.h"
 #include "decoder/config.h"
+#include "decoder/panels.h"
 #include "gguf/gguf.h"
-#include "quant/format.h"
 
 namespace phi4edge {
-
-// rows x columns weights in panels of 16 rows; rows are padded with zeros to a multiple of 16.
-struct PanelMatrix {
-  const Format* format = nullptr;
-  int64_t n_rows = 0, n_columns = 0;
-  size_t panel_bytes = 0;
-  AlignedArray<uint8_t> data;
-
-  int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
-  size_t n_bytes() const { return size_t(n_panels()) * panel_bytes; }
-};
 
 struct LayerWeights {
   std::vector<float> attention_norm, ffn_norm;  // [hidden_size]
@@ -45,19 +32,11 @@ struct Weights {
   size_t n_bytes() const;
 };
 
-// File bytes done, file bytes in all; returns false to cancel (a CancelledError follows).  Called on the caller's thread only,
-// at the start, at the end, and in between about 30 times a second.  May be empty.
-using LoadProgress = std::function<bool(uint64_t done, uint64_t total)>;
-
 // Bytes the weights of this file will take in memory: Weights::n_bytes() without loading.
 uint64_t weight_bytes(const gguf::File& file, const ModelConfig& config);
 
 // Throws BundleError (a missing tensor, a shape or type that does not fit, a file that became shorter, a NaN or infinity in
 // a norm), OutOfMemoryError.
 Weights load_weights(const gguf::File& file, const ModelConfig& config, ThreadPool& pool, const LoadProgress& progress);
-
-// Decodes every tensor of the file and throws a BundleError that names the first one with a NaN or an infinity.  For a check
-// that the user asks for: it reads the whole file.
-void check_finite(const gguf::File& file, ThreadPool& pool, const LoadProgress& progress);
 
 }  // namespace phi4edge

@@ -43,7 +43,7 @@ PHI4EDGE_INLINE void float_rows(const MatmulTask& task, int64_t first_register, 
       float* out = task.out + (first_token + t) * task.out_stride + row;
       alignas(64) float lanes[V::kRows];
       V::store(lanes, acc[r][t]);
-      for (int64_t i = 0; i < V::kRows && i < n_rows; ++i) out[i] = lanes[i];
+      for (int64_t i = 0; i < V::kRows && i < n_rows; ++i) out[i] = task.adds ? out[i] + task.factor * lanes[i] : lanes[i];
     }
   }
 }

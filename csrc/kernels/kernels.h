@@ -33,7 +33,8 @@ struct MutableActivations {
   float* neg_sums32;
 };
 
-// Output rows [0, n_rows) of `panels` for tokens [0, n_tokens) of x:  out[token * out_stride + row]
+// Output rows [0, n_rows) of `panels` for tokens [0, n_tokens) of x:  out[token * out_stride + row] is set, or
+// factor times the product added to it
 struct MatmulTask {
   const uint8_t* panels;
   size_t panel_bytes;
@@ -42,6 +43,8 @@ struct MatmulTask {
   const Activations* x;
   float* out;
   int64_t out_stride;
+  bool adds;
+  float factor;
   void* scratch;  // KernelTable::matmul_scratch_bytes(n_tokens) bytes, aligned to 64
 };
 

@@ -79,8 +79,11 @@ PHI4EDGE_INLINE V::Floats subtract_minimum(V::Floats total, const int32_t* neg_s
   }
 }
 
-PHI4EDGE_INLINE void store_rows(float* out, const float* from, int64_t n_rows) {
-  if (n_rows >= kPanelRows) {
+PHI4EDGE_INLINE void store_rows(float* out, const float* from, int64_t n_rows, const MatmulTask& task) {
+  if (n_rows > kPanelRows) n_rows = kPanelRows;
+  if (task.adds) {
+    for (int64_t row = 0; row < n_rows; ++row) out[row] += task.factor * from[row];
+  } else if (n_rows == kPanelRows) {
     std::memcpy(out, from, kPanelRows * sizeof(float));
   } else {
     for (int64_t row = 0; row < n_rows; ++row) out[row] = from[row];
@@ -140,7 +143,7 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
       }
     }
     for (int t = 0; t < T; ++t) {
-      store_rows(task.out + (first_token + t) * task.out_stride + row0, result[t], task.n_rows - row0);
+      store_rows(task.out + (first_token + t) * task.out_stride + row0, result[t], task.n_rows - row0, task);
     }
   }
 }
@@ -273,7 +276,7 @@ void matmul_expanded(const MatmulTask& task) {
     for (int64_t t = 0; t < x.n_tokens; ++t) {
       for (int p = 0; p < n_group; ++p) {
         const int64_t row = (panel0 + p) * kPanelRows;
-        store_rows(task.out + t * task.out_stride + row, tile_out + t * kOutStride + p * kPanelRows, task.n_rows - row);
+        store_rows(task.out + t * task.out_stride + row, tile_out + t * kOutStride + p * kPanelRows, task.n_rows - row, task);
       }
     }
   }

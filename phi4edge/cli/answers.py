@@ -18,12 +18,20 @@ if TYPE_CHECKING:
 
 
 def stream_answer(
-    model: Model, prompt: str | Sequence[Message] | Sequence[int], config: GenerationConfig, *, show: bool = True
+    model: Model,
+    prompt: str | Sequence[Message] | Sequence[int],
+    config: GenerationConfig,
+    *,
+    show: bool = True,
+    **options: Any,
 ) -> Generation:
-    """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, even if interrupted."""
+    """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, even if interrupted.
+
+    options: more of ``Model.stream``, such as the adapter.
+    """
     bar = ProgressBar("Reading the prompt")
     shown = ""  # the latest text on standard output
-    with closing(bar), closing(model.stream(prompt, config, progress=bar)) as pieces:
+    with closing(bar), closing(model.stream(prompt, config, progress=bar, **options)) as pieces:
         try:
             for piece in pieces:
                 bar.close()
@@ -60,6 +68,8 @@ def stats_lines(answer: Generation) -> list[str]:
         f"answer  {usage.completion_tokens} tokens, {timings.decode_seconds:.2f} s, "
         f"{timings.decode_rate:.1f} tokens/s; finish: {answer.finish_reason}",
     ]
+    if answer.adapter is not None:
+        lines.append(f"adapter {answer.adapter}, scale {answer.adapter_scale:g}")
     peak = machine.peak_memory()
     memory = "" if peak is None else f"; memory {output.bytes_text(peak)} at most"
     return [*lines, f"loaded in {timings.load_seconds:.2f} s{memory}"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from phi4edge.cli import errors, output
 from phi4edge.cli.conversation import Conversation
-from phi4edge.cli.loading import load_model
-from phi4edge.cli.options import Context, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.cli.loading import load_adapter, load_model
+from phi4edge.cli.options import Adaptation, Context, ModelPath, Runtime, Sampling, Stats, System
 from phi4edge.cli.terminal import Reader, open_reader
 
 EXAMPLES = """
@@ -18,6 +18,7 @@ EXAMPLES = """
 def chat(
     model: ModelPath,
     sampling: Sampling,
+    adaptation: Adaptation,
     runtime: Runtime,
     system: System = None,
     context: Context = None,
@@ -26,10 +27,12 @@ def chat(
     """Talk with a model; /help lists the commands."""
     config = sampling.config()
     with load_model(model, runtime, context=context) as loaded:
+        adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
         reader = open_reader()
         if reader.interactive:
             output.hint(f"{loaded.config.name or model}; /help lists the commands, Ctrl-D leaves")
-        converse(reader, Conversation(loaded, config, system=system, stats=stats))
+        options = {"adapter": adapter, "adapter_scale": adaptation.adapter_scale}
+        converse(reader, Conversation(loaded, config, system=system, stats=stats, options=options))
 
 
 def converse(reader: Reader, conversation: Conversation) -> None:

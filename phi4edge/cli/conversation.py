@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from phi4edge.cli import answers, output
 
@@ -27,11 +28,20 @@ class Conversation:
     :meth:`handle` takes one line or paragraph that the user typed.
     """
 
-    def __init__(self, model: Model, config: GenerationConfig, *, system: str | None, stats: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: GenerationConfig,
+        *,
+        system: str | None,
+        stats: bool,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._model = model
         self._config = config
         self._system = system
         self._stats = stats
+        self._options = options or {}  # more of Model.stream
         self._messages: list[Message] = []
         self._last: Generation | None = None
         self._n_regenerated = 0
@@ -93,7 +103,7 @@ class Conversation:
         """Answers the last of ``messages``; they become the conversation only when there is an answer."""
         start: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
         try:
-            last = answers.stream_answer(self._model, [*start, *messages], config)
+            last = answers.stream_answer(self._model, [*start, *messages], config, **self._options)
         except KeyboardInterrupt:
             if self._model.last is None or not self._model.last.tokens:  # stopped before the first token
                 return

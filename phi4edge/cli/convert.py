@@ -16,7 +16,7 @@ from phi4edge.cli.progress import ProgressBar
 from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from phi4edge.converters.convert import Converted
+    from phi4edge.converters.convert import Converted, Options
 
 EXAMPLES = """
     phi4edge convert Phi-4-mini-instruct phi4-mini-q4
@@ -27,6 +27,7 @@ EXAMPLES = """
 """
 
 _DEFAULT_BITS = 4
+_OPTIONS = ("quant", "head", "adapters", "adapter", "adapter_quant", "encoders", "imatrix")
 
 
 @dataclass(frozen=True)
@@ -73,37 +74,41 @@ class Conversion:
         typer.Option(metavar="FILE", help="An importance matrix, which 'phi4edge imatrix' makes; helps below 5 bits."),
     ] = None
 
+    def options(self) -> Options:
+        """As the converter takes them; an error names the option."""
+        from phi4edge.converters.convert import Options
+
+        try:
+            return Options(
+                mix_name(self.quant, self.bits),
+                head=self.head,
+                adapters=self.adapters,
+                adapter_quant=self.adapter_quant,
+                user_adapters=_named_directories(self.adapter or []),
+                encoders=self.encoders,
+                imatrix=self.imatrix,
+            )
+        except UsageError as error:
+            raise named_as_option(error, _OPTIONS) from None
+
     def run(self, source: str, target: str, *, force: bool, threads: int | None) -> Converted:
-        """Converts with a progress bar; an error names the option."""
+        """Converts with a progress bar."""
         from phi4edge.converters.convert import convert
 
+        options = self.options()
         n_threads, warning = machine.clamp_threads(threads)
         if warning:
             output.warn(f"--threads: {warning}")
-        names = ("head", "adapters", "adapter", "adapter_quant", "encoders", "imatrix")
-        try:
-            with closing(ProgressBar("Converting", in_bytes=True)) as bar:
+        with closing(ProgressBar("Converting", in_bytes=True)) as bar:
 
-                def show(tensor: str, done: int, total: int) -> None:
-                    bar.title = tensor or "Writing"
-                    bar(done, total)
+            def show(tensor: str, done: int, total: int) -> None:
+                bar.title = tensor or "Writing"
+                bar(done, total)
 
-                return convert(
-                    source,
-                    target,
-                    mix_name(self.quant, self.bits),
-                    head=self.head,
-                    adapters=self.adapters,
-                    adapter_quant=self.adapter_quant,
-                    user_adapters=_named_directories(self.adapter or []),
-                    encoders=self.encoders,
-                    imatrix=self.imatrix,
-                    force=force,
-                    n_threads=n_threads,
-                    progress=show,
-                )
-        except UsageError as error:
-            raise named_as_option(error, (*names, "quant")) from None
+            try:
+                return convert(source, target, **vars(options), force=force, n_threads=n_threads, progress=show)
+            except UsageError as error:
+                raise named_as_option(error, _OPTIONS) from None
 
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")]

@@ -1,8 +1,9 @@
-"""A model for a command: threads within what the machine has, and a progress bar."""
+"""A model and its adapter for a command: threads within what the machine has, and a progress bar."""
 
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4edge import machine
@@ -32,3 +33,25 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
     for text in model.warnings:
         output.warn(f"{path}: {text}")
     return model
+
+
+def load_adapter(model: Model, text: str) -> str:
+    """The name of the adapter that ``--adapter`` asks for, in memory now: NAME, FILE or NAME=FILE."""
+    name, file = _name_and_file(model, text)
+    with closing(ProgressBar("Loading the adapter", in_bytes=True)) as bar:
+        try:
+            model.load_adapter(name, file, progress=bar)
+        except UsageError as error:
+            raise named_as_option(error, ("adapter",)) from None
+    return name
+
+
+def _name_and_file(model: Model, text: str) -> tuple[str, str | None]:
+    if text in model.adapters:
+        return text, None
+    name, equals, file = text.partition("=")
+    if equals and not Path(text).is_file():
+        return name, file
+    if text.endswith(".gguf") or Path(text).is_file():
+        return Path(text).name.removesuffix(".gguf").removesuffix(".lora"), text
+    return text, None  # the error lists the names

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from phi4edge.adapters import checked_scale
 from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,6 +78,31 @@ class Runtime:
             show_default=False,
         ),
     ] = ""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The adapter that answers are written with."""
+
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A LoRA adapter: the name of one in the bundle, or a GGUF file, as FILE or NAME=FILE.",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = None
+    adapter_scale: Annotated[
+        float, typer.Option(metavar="X", help="How strongly the adapter counts.", rich_help_panel=_ANSWER)
+    ] = 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            checked_scale(self.adapter_scale)
+        except UsageError as error:
+            raise named_as_option(error, ("adapter_scale",)) from None
+        if self.adapter is None and self.adapter_scale != 1.0:
+            raise UsageError("there is no adapter", field="--adapter-scale", hint="give one with --adapter")
 
 
 @dataclass(frozen=True)

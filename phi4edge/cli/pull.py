@@ -11,9 +11,8 @@ import typer
 
 from phi4edge.cli import output
 from phi4edge.cli.convert import Conversion, Force, Threads, converted_as_json, converted_lines, mix_name
-from phi4edge.cli.options import Json, named_as_option
+from phi4edge.cli.options import Json
 from phi4edge.cli.progress import ProgressBar
-from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
     from phi4edge.converters.pull import Pulled
@@ -47,7 +46,10 @@ def pull(
     name = mix_name(conversion.quant, conversion.bits).lower()
     target = bundle or f"{repo.rstrip('/').rpartition('/')[2]}-{name}"
     if not download_only:  # before gigabytes are fetched for nothing
-        _require_possible(conversion, Path(target), force)
+        from phi4edge.converters.bundle_writer import require_target
+
+        conversion.options()
+        require_target(Path(target), Path(target).absolute().parent, force=force)
     pulled = _download(repo, revision, checkpoint_dir, offline)
     if download_only:
         place = {"checkpoint": str(pulled.directory), "commit": pulled.commit}
@@ -62,24 +64,6 @@ def pull(
         output.write_json(converted_as_json(target, done) | origin)
     else:
         output.write_text("\n".join(converted_lines(target, done)) + "\n")
-
-
-def _require_possible(conversion: Conversion, target: Path, force: bool) -> None:
-    from phi4edge.converters.bundle_writer import require_target
-    from phi4edge.converters.convert import Options
-
-    names = ("quant", "head", "adapters", "adapter_quant", "encoders")
-    try:
-        Options(
-            mix_name(conversion.quant, conversion.bits),
-            head=conversion.head,
-            adapters=conversion.adapters,
-            adapter_quant=conversion.adapter_quant,
-            encoders=conversion.encoders,
-        )
-    except UsageError as error:
-        raise named_as_option(error, names) from None
-    require_target(target, target.absolute().parent, force=force)
 
 
 def _download(repo: str, revision: str, directory: str | None, offline: bool) -> Pulled:

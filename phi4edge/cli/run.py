@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phi4edge.cli import answers, output
-from phi4edge.cli.loading import load_model
-from phi4edge.cli.options import Context, Json, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.cli.loading import load_adapter, load_model
+from phi4edge.cli.options import Adaptation, Context, Json, ModelPath, Runtime, Sampling, Stats, System
 from phi4edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ EXAMPLES = """
     phi4edge run model.gguf "Write a haiku" --temperature 0.8 --seed 7
     git diff | phi4edge run model.gguf --system "Summarize this change in one line."
     phi4edge run model.gguf - --json < question.txt
+    phi4edge run model.gguf "Summarize § 7." --adapter legal.lora.gguf
     phi4edge run model.gguf --raw "Once upon a time" --max-tokens 64
 """
 
@@ -29,6 +30,7 @@ _LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and an end to `yes 
 def run(
     model: ModelPath,
     sampling: Sampling,
+    adaptation: Adaptation,
     runtime: Runtime,
     prompt: Annotated[
         str | None,
@@ -54,7 +56,10 @@ def run(
     text = read_prompt(prompt)
     with load_model(model, runtime, context=context) as loaded:
         ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(text, system)
-        answer = answers.stream_answer(loaded, ready, config, show=not as_json)
+        adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
+        answer = answers.stream_answer(
+            loaded, ready, config, show=not as_json, adapter=adapter, adapter_scale=adaptation.adapter_scale
+        )
         if as_json:
             output.write_json({"model": model, **answers.answer_as_json(answer, loaded.tokenizer)})
         else:

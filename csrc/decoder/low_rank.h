@@ -1,0 +1,36 @@
+// The products of a LowRankUpdate, in two steps of a forward pass with a barrier between:
+//   multiply_a   hidden = A x                x is quantised already, for the model's own product
+//   add_b        out += scale * B hidden     after that product
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned.h"
+#include "decoder/adapter.h"
+#include "decoder/ops.h"
+
+namespace phi4edge {
+
+// Scratch of one session.
+class LowRank {
+ public:
+  LowRank() = default;
+  // For updates of that total rank and number of parts at most.
+  LowRank(int64_t max_tokens, int64_t max_total_rank, size_t max_parts, int n_threads);
+
+  bool fits(const Adapter& adapter) const;
+
+  void multiply_a(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Activations& x);
+  void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale,
+             float* out, int64_t out_stride);
+
+ private:
+  int64_t max_total_rank_ = 0;
+  size_t max_parts_ = 0;
+  AlignedArray<float> hidden_;  // [token][total rank of the update]
+  // [thread][part].  Each thread quantises all of `hidden` for itself: that is less work than waiting for the others.
+  std::vector<std::vector<ActivationBuffer>> quantized_;
+};
+
+}  // namespace phi4edge

@@ -97,7 +97,7 @@ def main() -> None:
 
     load_average = os.getloadavg()[0]  # before we add to it
     rng = np.random.default_rng(5)
-    rows = (0.02 * rng.standard_normal((64, 3072))).astype(np.float32)
+    rows = (0.02 * rng.standard_normal((256, 3072))).astype(np.float32)
     importance = np.exp(rng.normal(0, 1.5, rows.shape[1])).astype(np.float32)
     sides: dict[str, Quantize] = {"phi4edge": phi4edge, "llama.cpp": LlamaCpp()}
     isa = os.environ.get("PHI4EDGE_ISA") or _core.isas()[0]

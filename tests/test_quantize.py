@@ -106,7 +106,8 @@ def test_bytes_do_not_depend_on_threads_or_neighbours(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_C12_bytes_do_not_depend_on_the_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    matrices = [matrix("student"), matrix("outliers"), *odd_rows(512).values()]
+    student = matrix("student")
+    matrices = [student, np.abs(student), np.round(50 * student), matrix("outliers"), *odd_rows(512).values()]
     found = {}
     for isa in _core.isas():
         monkeypatch.setenv("PHI4EDGE_ISA", isa)

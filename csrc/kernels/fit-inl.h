@@ -1,11 +1,11 @@
-// The search for a scale (and an offset) of a few values: sixteen candidates at a time, one in each lane.
+// The search for a scale (and an offset) of a few values: many candidates at a time, one in each lane.
 //
 // With the codes q fixed, the best scale is a least-squares fit; with the scale fixed, the best codes are the nearest ones.
 // Each round assigns codes and then refits, and never makes the error larger.  Sums are over residuals of the current fit,
 // not over the values, so that they keep their digits when the error is small.
 //
 // Part of quantize-inl.h.  A lane does the same operations in the same order whatever the width of the registers, and nothing
-// is fused, so every instruction set gives the same bytes.
+// is fused, so every instruction set gives the same bytes; only the signs of zeros differ on the way.
 #pragma once
 
 namespace phi4edge {
@@ -104,7 +104,10 @@ class HalfGrid {
     to_file_ = std::bit_cast<float>(uint32_t(127 + exponent) << 23);
   }
   float to_block(float value) const { return value * to_block_; }
-  Half half(float scaled) const { return float_to_half(least(most(scaled * to_file_, -65504.0f), 65504.0f)); }
+  Half half(float scaled) const {
+    const Half half = float_to_half(least(most(scaled * to_file_, -65504.0f), 65504.0f));
+    return half == 0x8000 ? Half(0) : half;  // the sign of a zero depends on the instructions
+  }
   float round(float scaled) const { return to_block(half_to_float(half(scaled))); }
   // The same for many: to multiples of the least half, and then to eleven bits.
   template <int K>
@@ -361,7 +364,7 @@ PHI4EDGE_INLINE float sum_of(const float* w) {
 template <class Levels, int N>
 PHI4EDGE_INLINE void final_codes(const float* x, float scale, float offset, uint8_t* codes) {
   using T = Floats<N>;
-  const float inverse = magnitude(scale) < 1e-30f ? 0.0f : 1.0f / scale;
+  const float inverse = inverse_of(scale);
   alignas(64) float levels[N];
   for (int i = 0; i < N; i += register_lanes(N)) store(Levels::nearest((load<T>(x + i) - offset) * inverse), levels + i);
   for (int i = 0; i < N; ++i) codes[i] = Levels::index(levels[i]);

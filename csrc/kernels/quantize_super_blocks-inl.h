@@ -63,7 +63,6 @@ struct Units {
 PHI4EDGE_INLINE int nearest_integer(float value, int lowest, int highest) {
   return int(nearest_integer(least(most(value, float(lowest)), float(highest))));
 }
-PHI4EDGE_INLINE float inverse_or_zero(float scale) { return magnitude(scale) < 1e-30f ? 0.0f : 1.0f / scale; }
 
 // ---- w[i] = scale * s[j] * level
 
@@ -114,7 +113,7 @@ class ScaleSearch {
     Choice choice;
     choice.unit = scaled_.grid.round(start);
     for (int j = 0; j < kSubs; ++j) {
-      choice.s[j] = nearest_integer(alone_[j] * inverse_or_zero(choice.unit), S::kLowest, S::kHighest);
+      choice.s[j] = nearest_integer(alone_[j] * inverse_of(choice.unit), S::kLowest, S::kHighest);
     }
     for (int round = 0; round < S::kRounds; ++round) {
       float sum_rq = 0, sum_qq = 0;
@@ -206,8 +205,8 @@ class LineSearch {
     Choice choice;
     choice.scale = scaled_.grid.round(scale), choice.minimum = scaled_.grid.round(minimum);
     for (int j = 0; j < kSubs; ++j) {
-      choice.s[j] = nearest_integer(scale_[j] * inverse_or_zero(choice.scale), 0, S::kHighest);
-      choice.m[j] = nearest_integer(minimum_[j] * inverse_or_zero(choice.minimum), 0, S::kHighest);
+      choice.s[j] = nearest_integer(scale_[j] * inverse_of(choice.scale), 0, S::kHighest);
+      choice.m[j] = nearest_integer(minimum_[j] * inverse_of(choice.minimum), 0, S::kHighest);
     }
     for (int round = 0; round < S::kRounds; ++round) {
       Equations sums;

@@ -31,6 +31,17 @@ template <class T>
 PHI4EDGE_INLINE void store(T values, float* to) {
   std::memcpy(to, &values, sizeof values);
 }
+
+// Weights that are all one, in place of a pointer to them: multiplications with them vanish.
+struct Ones {
+  constexpr float operator[](int) const { return 1; }
+  constexpr Ones operator+(int64_t) const { return {}; }
+};
+template <class T>
+PHI4EDGE_INLINE T load(Ones) {
+  return T{} + 1.0f;
+}
+
 PHI4EDGE_INLINE float least(float a, float b) { return a < b ? a : b; }
 PHI4EDGE_INLINE float most(float a, float b) { return a > b ? a : b; }
 PHI4EDGE_INLINE float magnitude(float a) { return a < 0 ? -a : a; }
@@ -163,8 +174,8 @@ struct ScaleFits {
   alignas(64) float error[K], rq[K], qq[K];  // sums of w r r, w r q and w q q, with r = x - scale * q
 };
 
-template <class Levels, int N, int K>
-PHI4EDGE_INLINE void assign(const float* x, const float* w, ScaleFits<K>& fits) {
+template <class Levels, int N, int K, class W>
+PHI4EDGE_INLINE void assign(const float* x, W w, ScaleFits<K>& fits) {
   using T = Floats<K>;
   for (int k = 0; k < K; k += register_lanes(K)) {
     const T scale = load<T>(fits.scale + k), inverse = inverse_of(scale);
@@ -212,8 +223,8 @@ PHI4EDGE_INLINE void fold(float* value, float* weight) {
 }
 
 // The value with the largest weighted square.
-template <int N>
-PHI4EDGE_INLINE float heaviest_of(const float* x, const float* w) {
+template <int N, class W>
+PHI4EDGE_INLINE float heaviest_of(const float* x, W w) {
   using T = Floats<N>;
   alignas(64) float value[N], weight[N];
   for (int i = 0; i < N; i += register_lanes(N)) {
@@ -223,8 +234,6 @@ PHI4EDGE_INLINE float heaviest_of(const float* x, const float* w) {
   fold<N / 2>(value, weight);
   return value[0];
 }
-alignas(64) constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // What to multiply an extreme value with to get a scale: it becomes a level from kMost to kLeast times the highest and the
 // lowest one.
@@ -244,10 +253,12 @@ template <class S>
 constexpr ScaleStarts<S> kScaleStarts{};
 
 // Several starts, refined: from the value that matters most for the range, which is the largest or the one that weighs most.
-template <class S, int N>
-PHI4EDGE_INLINE void search_scales(const float* x, const float* w, ScaleFits<S::kStarts>& fits) {
+template <class S, int N, class W>
+PHI4EDGE_INLINE void search_scales(const float* x, W w, ScaleFits<S::kStarts>& fits) {
   constexpr int K = S::kStarts;
-  const float largest = heaviest_of<N>(x, kOnes), heaviest = heaviest_of<N>(x, w);
+  const float largest = heaviest_of<N>(x, Ones{});
+  float heaviest = largest;
+  if constexpr (!std::is_same_v<W, Ones>) heaviest = heaviest_of<N>(x, w);
   const float* starts = largest == heaviest ? kScaleStarts<S>.all : kScaleStarts<S>.halves;
   for (int k = 0; k < K; ++k) fits.scale[k] = (k < K / 2 ? largest : heaviest) * starts[k];
   for (int round = 0; round < S::kRefits; ++round) {
@@ -265,8 +276,8 @@ struct LineFits {
   alignas(64) float error[K], r[K], rq[K], q[K], qq[K];
 };
 
-template <class Levels, int N>
-PHI4EDGE_INLINE void assign(const float* x, const float* w, LineFits& fits) {
+template <class Levels, int N, class W>
+PHI4EDGE_INLINE void assign(const float* x, W w, LineFits& fits) {
   using T = Floats<16>;
   for (int k = 0; k < 16; k += kRegisterLanes) {
     const T scale = load<T>(fits.scale + k), offset = load<T>(fits.offset + k), inverse = inverse_of(scale);
@@ -330,8 +341,8 @@ template <class S>
 constexpr LineStarts<S> kLineStarts{};
 
 // Sixteen starts, refined.
-template <class S, int N, bool kMayBePositive>
-PHI4EDGE_INLINE void search_lines(const float* x, const float* w, float sum_w, LineFits& fits) {
+template <class S, int N, bool kMayBePositive, class W>
+PHI4EDGE_INLINE void search_lines(const float* x, W w, float sum_w, LineFits& fits) {
   float low = x[0], high = x[0];
   for (int i = 0; i < N; ++i) low = least(low, x[i]), high = most(high, x[i]);
   if (!kMayBePositive) low = least(low, 0.0f), high = most(high, 0.0f);
@@ -353,8 +364,8 @@ PHI4EDGE_INLINE float most_of(const float (&x)[N]) {
   for (int i = 1; i < N; ++i) best = most(best, x[i]);
   return best;
 }
-template <int N>
-PHI4EDGE_INLINE float sum_of(const float* w) {
+template <int N, class W>
+PHI4EDGE_INLINE float sum_of(W w) {
   float sum = 0;
   for (int i = 0; i < N; ++i) sum += w[i];
   return sum;

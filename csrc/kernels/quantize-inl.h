@@ -25,12 +25,21 @@
 namespace phi4edge {
 namespace {
 
-template <class F>
-void quantize_row(const float* x, const float* weight, int64_t n_columns, uint8_t* out) {
+template <class F, class W>
+void quantize_blocks(const float* x, W weight, int64_t n_columns, uint8_t* out) {
   for (int64_t i = 0; i < n_columns; i += F::kValues, out += sizeof(typename F::Block)) {
     typename F::Block block;
     quantize_block(x + i, weight + i, block, static_cast<F*>(nullptr));
     std::memcpy(out, &block, sizeof block);
+  }
+}
+
+template <class F>
+void quantize_row(const float* x, const float* weight, int64_t n_columns, uint8_t* out) {
+  if (weight) {
+    quantize_blocks<F, const float*>(x, weight, n_columns, out);
+  } else {
+    quantize_blocks<F, Ones>(x, Ones{}, n_columns, out);
   }
 }
 

@@ -46,8 +46,8 @@ struct Search<Q4_1> {
   static constexpr int kRefits = 2;
 };
 
-template <class F>
-void quantize_with_scale(const float* values, const float* w, typename F::Block& block) {
+template <class F, class W>
+void quantize_with_scale(const float* values, W w, typename F::Block& block) {
   using S = Search<F>;
   using Levels = typename S::Levels;
   const Scaled<32> scaled(values);
@@ -63,8 +63,8 @@ void quantize_with_scale(const float* values, const float* w, typename F::Block&
   store_codes(codes, block);
 }
 
-template <class F>
-void quantize_with_minimum(const float* values, const float* w, typename F::Block& block) {
+template <class F, class W>
+void quantize_with_minimum(const float* values, W w, typename F::Block& block) {
   using Levels = typename Search<F>::Levels;
   const Scaled<32> scaled(values);
   LineFits fits;
@@ -81,9 +81,10 @@ void quantize_with_minimum(const float* values, const float* w, typename F::Bloc
   store_codes(codes, block);
 }
 
-#define X(F, function)                                                                            \
-  PHI4EDGE_INLINE void quantize_block(const float* x, const float* weight, F::Block& block, F*) { \
-    function<F>(x, weight, block);                                                                \
+#define X(F, function)                                                            \
+  template <class W>                                                              \
+  PHI4EDGE_INLINE void quantize_block(const float* x, W w, F::Block& block, F*) { \
+    function<F>(x, w, block);                                                     \
   }
 X(Q8_0, quantize_with_scale)
 X(Q4_0, quantize_with_scale)

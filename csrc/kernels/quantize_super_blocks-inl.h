@@ -66,14 +66,14 @@ PHI4EDGE_INLINE int nearest_integer(float value, int lowest, int highest) {
 
 // ---- w[i] = scale * s[j] * level
 
-template <class F>
+template <class F, class W>
 class ScaleSearch {
   using S = Search<F>;
   using Levels = typename S::Levels;
   static constexpr int kSub = F::kSub, kSubs = 256 / kSub;
 
  public:
-  ScaleSearch(const float* values, const float* w) : scaled_(values), w_(w) {}
+  ScaleSearch(const float* values, W w) : scaled_(values), w_(w) {}
 
   void run(typename F::Block& block) {
     for (int j = 0; j < kSubs; ++j) fit_alone(j);
@@ -95,7 +95,8 @@ class ScaleSearch {
   };
 
   void fit_alone(int j) {
-    const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
+    const float* x = scaled_.x + j * kSub;
+    const W w = w_ + j * kSub;
     ScaleFits<16> fits;
     search_scales<S, kSub>(x, w, fits);
     const int k = smallest(fits.error);
@@ -145,21 +146,21 @@ class ScaleSearch {
   }
 
   const Scaled<256> scaled_;
-  const float* w_;
+  const W w_;
   alignas(64) float alone_[kSubs] = {}, stiffness_[kSubs] = {};  // the scale of each sub-block by itself, and its sum of w q q
   Choice best_;
 };
 
 // ---- w[i] = scale * s[j] * q - minimum * m[j]
 
-template <class F>
+template <class F, class W>
 class LineSearch {
   using S = Search<F>;
   using Levels = typename S::Levels;
   static constexpr int kSub = F::kSub, kSubs = 256 / kSub;
 
  public:
-  LineSearch(const float* values, const float* w) : scaled_(values), w_(w) {}
+  LineSearch(const float* values, W w) : scaled_(values), w_(w) {}
 
   void run(typename F::Block& block) {
     for (int j = 0; j < kSubs; ++j) fit_alone(j);
@@ -193,7 +194,8 @@ class LineSearch {
   };
 
   void fit_alone(int j) {
-    const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
+    const float* x = scaled_.x + j * kSub;
+    const W w = w_ + j * kSub;
     LineFits fits;
     sum_w_[j] = sum_of<kSub>(w);
     search_lines<S, kSub, false>(x, w, sum_w_[j], fits);
@@ -255,14 +257,15 @@ class LineSearch {
   }
 
   const Scaled<256> scaled_;
-  const float* w_;
+  const W w_;
   float scale_[kSubs] = {}, minimum_[kSubs] = {}, sum_w_[kSubs] = {};  // of each sub-block by itself
   Choice best_;
 };
 
-#define X(F, Kind)                                                                                \
-  PHI4EDGE_INLINE void quantize_block(const float* x, const float* weight, F::Block& block, F*) { \
-    Kind<F>(x, weight).run(block);                                                                \
+#define X(F, Kind)                                                                \
+  template <class W>                                                              \
+  PHI4EDGE_INLINE void quantize_block(const float* x, W w, F::Block& block, F*) { \
+    Kind<F, W>(x, w).run(block);                                                  \
   }
 X(Q3_K, ScaleSearch)
 X(Q6_K, ScaleSearch)

@@ -54,7 +54,6 @@ bool all_finite(const float* x, int64_t n) {
 // Importance to weights: the largest of each 256 columns becomes 1, and none is quite zero.
 std::vector<float> to_weights(const float* importance, int64_t n_columns) {
   std::vector<float> weights(size_t(n_columns), 1.0f);
-  if (!importance) return weights;
   for (int64_t i = 0; i < n_columns; ++i) {
     if (!std::isfinite(importance[i]) || importance[i] < 0) {
       throw InputError("the importance of column " + std::to_string(i) + " is negative or not finite");
@@ -77,7 +76,8 @@ void quantize_rows(const Format& format, QuantizeRow quantize_row, const float* 
     throw InputError("rows of " + std::to_string(n_columns) + " values do not fit " + format.name + ", which has blocks of " +
                      std::to_string(format.block_values));
   }
-  const std::vector<float> weights = to_weights(importance, n_columns);
+  const std::vector<float> weights = importance ? to_weights(importance, n_columns) : std::vector<float>();
+  const float* weight = importance ? weights.data() : nullptr;
   const QuantizeRow quantize = format.is_float ? kConvertRow[format_index(format)] : quantize_row;
   const size_t row_bytes = format.row_bytes(n_columns);
   std::atomic<int64_t> next{0}, first_bad{n_rows};
@@ -85,7 +85,7 @@ void quantize_rows(const Format& format, QuantizeRow quantize_row, const float* 
     for (int64_t row = next++; row < first_bad; row = next++) {  // rows before the first bad one are always looked at
       const float* x = rows + row * n_columns;
       if (all_finite(x, n_columns)) {
-        quantize(x, weights.data(), n_columns, out + size_t(row) * row_bytes);
+        quantize(x, weight, n_columns, out + size_t(row) * row_bytes);
         continue;
       }
       int64_t known = first_bad;

@@ -17,6 +17,7 @@
 // Each builds on the ones before.
 // clang-format off
 #include "kernels/store_codes-inl.h"
+#include "kernels/lanes-inl.h"
 #include "kernels/fit-inl.h"
 #include "kernels/quantize_blocks-inl.h"
 #include "kernels/quantize_super_blocks-inl.h"

@@ -58,7 +58,7 @@ format: $(VENV)/.dev
 # The package's Python files beside a module built with sanitizers.  Python itself is not instrumented, so their runtime is
 # loaded first; it does not look for leaks, of which the interpreter has its own.
 SANITIZE_DIR := build-sanitize
-SANITIZE_TESTS := tests/test_gguf.py tests/test_gguf_mutations.py tests/test_config.py tests/test_kernels.py tests/test_sampler.py
+SANITIZE_TESTS := tests/test_gguf.py tests/test_gguf_mutations.py tests/test_config.py tests/test_kernels.py tests/test_sampler.py tests/test_adapter_files.py
 sanitize: $(VENV)/.dev $(VENV)/.installed
 	$(PIP) cmake ninja pybind11
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -G Ninja -S . -B $(SANITIZE_DIR) -DPHI4EDGE_SANITIZE=ON \

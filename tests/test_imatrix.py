@@ -334,3 +334,8 @@ def test_convert_takes_the_matrix_of_its_own_backbone(tmp_path: Path) -> None:
         for path in (backbone, tmp_path / "quantized.gguf")
     ]
     assert data[0] == data[1]
+    other = tiny_checkpoint(tmp_path / "other", hidden=512)
+    refused = run("convert", str(other), str(tmp_path / "refused"), *options)
+    assert refused.returncode == 4 and is_one_error_line(refused.stderr)
+    assert str(matrix) in refused.stderr and "of another model" in refused.stderr
+    assert not (tmp_path / "refused").exists()

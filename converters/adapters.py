@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType
 
 from phi4edge.converters.checkpoint import Checkpoint, SafetensorsFile, SourceTensor, row_pieces, to_float32
 from phi4edge.converters.encode import VALUES_AT_ONCE, Array, encode, encoded_bytes, require_fitting
-from phi4edge.converters.files import Progress, Written, hashed_file
+from phi4edge.converters.files import Progress, Written, hashed_file, one_ahead
 from phi4edge.converters.lora import LoraPair, decoder_linears, pair_tensors
 from phi4edge.converters.mixes import ADAPTER_TYPES, fitting_type
 from phi4edge.converters.peft import LoraConfig, alpha_of, rank_of, read_peft_config
@@ -193,25 +193,33 @@ def write_adapter(path: Path, adapter: Adapter, type_name: str, *, n_threads: in
     done, total = 0, adapter.source_bytes
     with hashed_file(path) as output:
         output.write(header)
-        for _, source, factor in _file_tensors(adapter):
-            output.pad(alignment)
-            source_hash.update(f"{source.name} {source.dtype} {source.shape} {factor!r}\n".encode())
-            n_rows, n_columns = source.shape
-            fitting = fitting_type(type_name, n_columns)
-            for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
-                progress(source.name, done, total)
-                raw = adapter.raw(source, first, n_piece)
-                source_hash.update(raw)
-                rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
-                if factor != 1.0:
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        rows *= np.float32(factor)
-                require_fitting(rows, fitting, source.path, source.name)
-                output.write(encode(rows, fitting, n_threads))
-                done += len(raw)
+        for source, first, rows, n_bytes in one_ahead(_pieces(adapter, type_name, source_hash)):
+            progress(source.name, done, total)
+            if first == 0:
+                output.pad(alignment)
+            output.write(encode(rows, fitting_type(type_name, rows.shape[1]), n_threads))
+            done += n_bytes
         output.pad(alignment)
         progress("", done, total)
     return Written(output.n_bytes, output.sha256, source_hash.hexdigest())
+
+
+def _pieces(
+    adapter: Adapter, type_name: str, source_hash: hashlib._Hash
+) -> Iterator[tuple[SourceTensor, int, Array, int]]:
+    """Source, first row, rows in float32, and the bytes that were read for them, which source_hash gets."""
+    for _, source, factor in _file_tensors(adapter):
+        source_hash.update(f"{source.name} {source.dtype} {source.shape} {factor!r}\n".encode())
+        n_rows, n_columns = source.shape
+        for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
+            raw = adapter.raw(source, first, n_piece)
+            source_hash.update(raw)
+            rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
+            if factor != 1.0:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    rows *= np.float32(factor)
+            require_fitting(rows, fitting_type(type_name, n_columns), source.path, source.name)
+            yield source, first, rows, len(raw)
 
 
 def _file_tensors(adapter: Adapter) -> Iterator[tuple[str, SourceTensor, float]]:

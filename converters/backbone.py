@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from phi4edge.converters.checkpoint import Checkpoint, SourceTensor, row_pieces, to_float32
 from phi4edge.converters.encode import VALUES_AT_ONCE, Array, encode, encoded_bytes, require_fitting
-from phi4edge.converters.files import Progress, Written, hashed_file
+from phi4edge.converters.files import Progress, Written, hashed_file, one_ahead
 from phi4edge.converters.mixes import MIXES, fitting_type
 from phi4edge.converters.variants import Assignment, BackboneConfig, Variant, match_tensors, read_config
 from phi4edge.converters.vocabulary import Vocabulary, read_vocabulary
@@ -97,30 +98,49 @@ def write_backbone(
         for data in _rope_factors(plan.config).values():
             output.pad(alignment)
             output.write(data)
-        for assignment, source, type_name in plan.tensors:
-            output.pad(alignment)
-            source_hash.update(f"{source.name} {source.dtype} {source.shape}\n".encode())
-            n_rows, n_columns = assignment.shape if len(assignment.shape) == 2 else (1, assignment.shape[0])
-            importance = (
-                imatrix.importance(f"{assignment.target}.weight", n_columns) if imatrix and n_rows > 1 else None
-            )
-            if merge is not None and (pair := merge.modules.get(assignment.target)) is not None:
-                source_hash.update(f"+ {pair.scale!r} * {pair.b.name} @ {pair.a.name}\n".encode())
-                for tensor in (pair.a, pair.b):
-                    source_hash.update(merge.raw(tensor, 0, tensor.shape[0]))
-            for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
-                progress(source.name, done, total)
-                raw = checkpoint.raw(source, first, n_piece)
-                source_hash.update(raw)
-                rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
-                if merge is not None and (delta := merge.delta(assignment.target, first, n_piece)) is not None:
-                    rows = rows + delta
-                require_fitting(rows, type_name, source.path, source.name)
-                output.write(encode(rows, type_name, n_threads, importance))
-                done += len(raw)
+        for piece in one_ahead(_pieces(checkpoint, plan, merge, source_hash)):
+            progress(piece.source.name, done, total)
+            if piece.first_row == 0:
+                output.pad(alignment)
+            importance = None
+            if imatrix is not None and len(piece.target.shape) == 2:
+                importance = imatrix.importance(f"{piece.target.target}.weight", piece.target.shape[1])
+            output.write(encode(piece.rows, piece.type_name, n_threads, importance))
+            done += piece.n_source_bytes
         output.pad(alignment)
         progress("", done, total)
     return Written(output.n_bytes, output.sha256, source_hash.hexdigest())
+
+
+@dataclass(frozen=True)
+class _Piece:
+    target: Assignment
+    source: SourceTensor
+    type_name: str
+    first_row: int
+    rows: Array
+    n_source_bytes: int
+
+
+def _pieces(
+    checkpoint: Checkpoint, plan: BackbonePlan, merge: Adapter | None, source_hash: hashlib._Hash
+) -> Iterator[_Piece]:
+    """What is to be written, in order and in float32; source_hash gets all that was read for it."""
+    for target, source, type_name in plan.tensors:
+        source_hash.update(f"{source.name} {source.dtype} {source.shape}\n".encode())
+        n_rows, n_columns = target.shape if len(target.shape) == 2 else (1, target.shape[0])
+        if merge is not None and (pair := merge.modules.get(target.target)) is not None:
+            source_hash.update(f"+ {pair.scale!r} * {pair.b.name} @ {pair.a.name}\n".encode())
+            for tensor in (pair.a, pair.b):
+                source_hash.update(merge.raw(tensor, 0, tensor.shape[0]))
+        for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
+            raw = checkpoint.raw(source, first, n_piece)
+            source_hash.update(raw)
+            rows = to_float32(raw, source.dtype).reshape(n_piece, n_columns)
+            if merge is not None and (delta := merge.delta(target.target, first, n_piece)) is not None:
+                rows = rows + delta
+            require_fitting(rows, type_name, source.path, source.name)
+            yield _Piece(target, source, type_name, first, rows, len(raw))
 
 
 def _write_header(path: Path, plan: BackbonePlan) -> int:

@@ -194,9 +194,10 @@ class _Planner:
 
     def _adapter_parts(self) -> list[PlannedPart]:
         if self._options.merged:
-            others = [name for name in self._adapters if name != self._options.merged]
-            if others:  # they were trained on the weights without the merged one
-                self.unused["adapters: another one is merged"] = others
+            others = [adapter for name, adapter in self._adapters.items() if name != self._options.merged]
+            names = [part.name for adapter in others for pair in adapter.modules.values() for part in (pair.a, pair.b)]
+            if names:  # they were trained on the weights without the merged one
+                self.unused["adapters: another one is merged"] = names
             return []
         return [self._adapter_part(adapter) for adapter in self._adapters.values()]
 

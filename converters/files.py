@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Item = TypeVar("Item")
 Progress = Callable[[str, int, int], None]  # (name of the tensor, bytes of the source done, bytes in all)
 
 
@@ -47,6 +49,15 @@ class HashedFile:
 
     def pad(self, alignment: int) -> None:
         self.write(b"\0" * (-self.n_bytes % alignment))
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; each is made in another thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from phi4edge import _core
 from phi4edge.bundle import backbone_of
 from phi4edge.converters.checkpoint import row_pieces
 from phi4edge.converters.encode import VALUES_AT_ONCE, encode, require_fitting
-from phi4edge.converters.files import HashedFile, Progress, hashed_file
+from phi4edge.converters.files import HashedFile, Progress, hashed_file, one_ahead
 from phi4edge.converters.gguf_raw import FLOATS, GgufRows, NewTensor, dequantize, entry, header, n_rows_of
 from phi4edge.converters.imatrix import Imatrix
 from phi4edge.converters.mixes import HEAD_TYPES, MIXES, fitting_type
@@ -167,18 +167,25 @@ def _write_tensors(
     output: HashedFile, rows: GgufRows, steps: Sequence[_Step], n_threads: int, progress: Progress
 ) -> None:
     done, total = 0, sum(step.source.n_bytes for step in steps)
+    for step, is_last, raw, values in one_ahead(_pieces(rows, steps)):
+        progress(step.source.name, done, total)
+        output.write(raw if step.is_copy else encode(values, step.target.type_name, n_threads, step.importance))
+        if is_last:
+            output.pad(rows.alignment)
+        done += len(raw)
+    progress("", done, total)
+
+
+def _pieces(rows: GgufRows, steps: Sequence[_Step]) -> Iterator[tuple[_Step, bool, bytes, npt.NDArray[np.float32]]]:
+    """What to do with some rows, whether they are the last of their tensor, their bytes, and float32 values."""
     for step in steps:
         n_columns, n_rows = step.source.shape[0], n_rows_of(step.source.shape)
+        checked = "F32" if step.is_copy else step.target.type_name
         for first, n_piece in row_pieces(n_rows, n_columns, VALUES_AT_ONCE):
-            progress(step.source.name, done, total)
             raw = rows.raw(step.source, first, n_piece)
             values = dequantize(raw, step.source, n_piece)
-            checked = "F32" if step.is_copy else step.target.type_name
             require_fitting(values, checked, Path(rows.paths[step.source.shard]), step.source.name)
-            output.write(raw if step.is_copy else encode(values, step.target.type_name, n_threads, step.importance))
-            done += len(raw)
-        output.pad(rows.alignment)
-    progress("", done, total)
+            yield step, first + n_piece == n_rows, raw, values
 
 
 def _by_type(steps: Sequence[_Step]) -> dict[str, tuple[int, int]]:

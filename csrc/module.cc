@@ -267,7 +267,7 @@ py::array_t<uint8_t> quantize(uint32_t type_id, const FloatArray& rows, int n_th
   const int64_t n_rows = rows.shape(0), n_columns = rows.shape(1);
   const WithoutInterpreter outside;
   ThreadPool pool(n_threads);
-  quantize_rows(*format, from, n_rows, n_columns, weights, to, pool);
+  quantize_rows(*format, select_kernels("").quantize_row[format_index(*format)], from, n_rows, n_columns, weights, to, pool);
   return out;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_bytes_do_not_depend_on_threads_or_neighbours(name: str) -> None:
     alone = np.concatenate([quantize(name, row[None], importance) for row in rows])
     for n_threads in (1, 2, 5):
         np.testing.assert_array_equal(quantize(name, rows, importance, n_threads), alone)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_C12_bytes_do_not_depend_on_the_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = matrix("student")
+    matrices = [student, np.abs(student), np.round(50 * student), matrix("outliers"), *odd_rows(512).values()]
+    found = {}
+    for isa in _core.isas():
+        monkeypatch.setenv("PHI4EDGE_ISA", isa)
+        digest = hashlib.sha256()
+        for rows in matrices:
+            for importance in (None, importance_of(rows.shape[1])):
+                digest.update(quantize(name, rows, importance).tobytes())
+        found[isa] = digest.hexdigest()
+    assert len(set(found.values())) == 1, found
 
 
 def odd_rows(n_columns: int) -> dict[str, Floats]:

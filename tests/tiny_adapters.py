@@ -17,7 +17,7 @@ from tiny_checkpoints import Tensors, tiny_checkpoint, write_json, write_safeten
 from tiny_models import Array, TinyShape, tiny_transformers
 
 PREFIX = "base_model.model."
-_B_GAIN = 0.2  # with an alpha of twice the rank, what is added is about as large as the weights of the tiny model
+_B_GAIN = 0.12  # with an alpha of twice the rank, what is added is comparable to the weights of the tiny model
 # The linears of a decoder layer and what they are called in GGUF.
 STEMS = {
     "self_attn.qkv_proj": "attn_qkv",

@@ -61,7 +61,7 @@ size_t attention_scratch_bytes(int n_queries, int value_dim) {
   return size_t(n_queries) * (kKeyBlock + value_dim + 2) * sizeof(float);
 }
 
-constexpr KernelTable make_table(const char* name) {
+constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_row) {
   KernelTable table{};
   table.name = name;
 #define X(F) \
@@ -72,6 +72,7 @@ constexpr KernelTable make_table(const char* name) {
   table.matmul[int(FormatIndex::F)] = matmul_quantized<F>, table.dequantize_row[int(FormatIndex::F)] = dequantize_panel_row<F>;
   PHI4EDGE_QUANTIZED_FORMATS(X)
 #undef X
+  table.quantize_row = quantize_row;
   table.quantize = quantize;
   table.attention_f16 = attention<F16>;
   table.attention_f32 = attention<F32>;
@@ -85,9 +86,10 @@ constexpr KernelTable make_table(const char* name) {
 }  // namespace
 }  // namespace phi4edge
 
-// The one symbol of an instruction set's object file.
-#define PHI4EDGE_DEFINE_KERNELS(isa)                    \
-  namespace phi4edge {                                  \
-  extern const KernelTable k_kernels_##isa;             \
-  const KernelTable k_kernels_##isa = make_table(#isa); \
+// The one symbol of an instruction set's object file; the quantizers are in a file of their own.
+#define PHI4EDGE_DEFINE_KERNELS(isa)                                        \
+  namespace phi4edge {                                                      \
+  extern const QuantizeRow k_quantizers_##isa[kFormatCount];                \
+  extern const KernelTable k_kernels_##isa;                                 \
+  const KernelTable k_kernels_##isa = make_table(#isa, k_quantizers_##isa); \
   }

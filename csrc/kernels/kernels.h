@@ -68,6 +68,7 @@ struct AttentionTask {
 struct KernelTable {
   const char* name;
   void (*matmul[kFormatCount])(const MatmulTask& task);
+  const QuantizeRow* quantize_row;  // [kFormatCount]: weights to file blocks; null for float formats
   // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
   void (*quantize)(const float* x, int64_t n_columns, int64_t n_tokens, const MutableActivations& out);
   void (*attention_f16)(const AttentionTask& task);

@@ -9,6 +9,10 @@ namespace phi4edge {
 inline constexpr int kPanelRows = 16;    // rows that lie side by side in a panel
 inline constexpr int kSuperBlock = 256;  // values per activation super-block
 
+// n_columns floats (a multiple of the block) to blocks, with the least sum of weight[column] * error^2;
+// weights are positive; a null pointer stands for ones.
+using QuantizeRow = void (*)(const float* x, const float* weight, int64_t n_columns, uint8_t* out);
+
 struct Format {
   const char* name;  // as GGUF tools spell it: "Q4_K"
   uint32_t type_id;  // ggml type number

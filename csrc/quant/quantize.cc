@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "quant/quantize_blocks.h"
+#include "quant/formats.h"
 
 namespace phi4edge {
 namespace {
@@ -23,27 +23,25 @@ BFloat float_to_bfloat(float value) {
   return BFloat((rounded & 0x7fff) == 0x7f80 ? rounded - 1 : rounded);
 }
 
+// Float formats.
 template <class F>
-void quantize_row(const float* x, const float* weight, int64_t n_columns, uint8_t* out) {
-  for (int64_t i = 0; i < n_columns; i += F::kValues, out += sizeof(typename F::Block)) {
-    typename F::Block block;
+void convert_row(const float* x, const float*, int64_t n_columns, uint8_t* out) {
+  for (int64_t i = 0; i < n_columns; ++i, out += sizeof(typename F::Block)) {
+    typename F::Block value;
     if constexpr (std::is_same_v<F, F32>) {
-      block = x[i];
+      value = x[i];
     } else if constexpr (std::is_same_v<F, F16>) {
-      block = to_finite_half(x[i]);
-    } else if constexpr (std::is_same_v<F, BF16>) {
-      block = float_to_bfloat(x[i]);
+      value = to_finite_half(x[i]);
     } else {
-      quantize_block<F>(x + i, weight + i, block);
+      value = float_to_bfloat(x[i]);
     }
-    std::memcpy(out, &block, sizeof block);
+    std::memcpy(out, &value, sizeof value);
   }
 }
 
-using QuantizeRow = void (*)(const float* x, const float* weight, int64_t n_columns, uint8_t* out);
-constexpr QuantizeRow kQuantizeRow[] = {
-#define X(F) quantize_row<F>,
-    PHI4EDGE_FORMATS(X)
+constexpr QuantizeRow kConvertRow[] = {
+#define X(F) convert_row<F>,
+    PHI4EDGE_FLOAT_FORMATS(X)
 #undef X
 };
 
@@ -56,7 +54,6 @@ bool all_finite(const float* x, int64_t n) {
 // Importance to weights: the largest of each 256 columns becomes 1, and none is quite zero.
 std::vector<float> to_weights(const float* importance, int64_t n_columns) {
   std::vector<float> weights(size_t(n_columns), 1.0f);
-  if (!importance) return weights;
   for (int64_t i = 0; i < n_columns; ++i) {
     if (!std::isfinite(importance[i]) || importance[i] < 0) {
       throw InputError("the importance of column " + std::to_string(i) + " is negative or not finite");
@@ -73,21 +70,22 @@ std::vector<float> to_weights(const float* importance, int64_t n_columns) {
 
 }  // namespace
 
-void quantize_rows(const Format& format, const float* rows, int64_t n_rows, int64_t n_columns, const float* importance,
-                   uint8_t* out, ThreadPool& pool) {
+void quantize_rows(const Format& format, QuantizeRow quantize_row, const float* rows, int64_t n_rows, int64_t n_columns,
+                   const float* importance, uint8_t* out, ThreadPool& pool) {
   if (n_columns % format.block_values != 0) {
     throw InputError("rows of " + std::to_string(n_columns) + " values do not fit " + format.name + ", which has blocks of " +
                      std::to_string(format.block_values));
   }
-  const std::vector<float> weights = to_weights(importance, n_columns);
-  const QuantizeRow quantize = kQuantizeRow[format_index(format)];
+  const std::vector<float> weights = importance ? to_weights(importance, n_columns) : std::vector<float>();
+  const float* weight = importance ? weights.data() : nullptr;
+  const QuantizeRow quantize = format.is_float ? kConvertRow[format_index(format)] : quantize_row;
   const size_t row_bytes = format.row_bytes(n_columns);
   std::atomic<int64_t> next{0}, first_bad{n_rows};
   pool.run([&](int) {
     for (int64_t row = next++; row < first_bad; row = next++) {  // rows before the first bad one are always looked at
       const float* x = rows + row * n_columns;
       if (all_finite(x, n_columns)) {
-        quantize(x, weights.data(), n_columns, out + size_t(row) * row_bytes);
+        quantize(x, weight, n_columns, out + size_t(row) * row_bytes);
         continue;
       }
       int64_t known = first_bad;

@@ -11,10 +11,11 @@
 
 namespace phi4edge {
 
+// `quantize_row` is the kernel of a quantized format; float formats need none.
 // rows [n_rows][n_columns] to out [n_rows][format.row_bytes(n_columns)].  importance [n_columns] or nullptr.
 // Throws InputError: n_columns is no multiple of the block, a value is not finite (names the row), or an importance is
 // negative or not finite.  What a format cannot hold becomes its largest finite number.
-void quantize_rows(const Format& format, const float* rows, int64_t n_rows, int64_t n_columns, const float* importance,
-                   uint8_t* out, ThreadPool& pool);
+void quantize_rows(const Format& format, QuantizeRow quantize_row, const float* rows, int64_t n_rows, int64_t n_columns,
+                   const float* importance, uint8_t* out, ThreadPool& pool);
 
 }  // namespace phi4edge

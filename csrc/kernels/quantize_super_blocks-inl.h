@@ -2,80 +2,78 @@
 //
 // First each sub-block is fitted alone.  Then a unit is tried: sub-blocks take the integers near their fit that have the
 // smallest error with codes assigned anew, the unit is refitted with all of these fixed, and so on; the best round wins.
-
-#include <algorithm>
-#include <cmath>
-
-#include "quant/fit.h"
-#include "quant/quantize_blocks.h"
-#include "quant/store_codes.h"
+//
+// Part of quantize-inl.h.
+#pragma once
 
 namespace phi4edge {
 namespace {
 
-template <class F>
-struct Search;
 template <>
 struct Search<Q3_K> {
   using Levels = Integers<-4, 3>;
   static constexpr int kLowest = -32, kHighest = 31;  // scales of the sub-blocks
   static constexpr float kMost = 1.15f, kLeast = 0.5f;
+  static constexpr int kStarts = 16, kRefits = 2, kRounds = 1;
 };
 template <>
 struct Search<Q6_K> {
   using Levels = Integers<-32, 31>;
   static constexpr int kLowest = -128, kHighest = 127;
   static constexpr float kMost = 1.015f, kLeast = 0.85f;
+  static constexpr int kStarts = 16, kRefits = 1, kRounds = 2;
 };
 template <>
 struct Search<IQ4_XS> {
   using Levels = Iq4Levels;
   static constexpr int kLowest = -32, kHighest = 31;
   static constexpr float kMost = 1.06f, kLeast = 0.62f;
+  static constexpr int kStarts = 16, kRefits = 1, kRounds = 2;
 };
 template <>
 struct Search<Q2_K> {
   using Levels = Integers<0, 3>;
   static constexpr int kHighest = 15;  // scales and minimums
   static constexpr float kTrim = 0.08f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 template <>
 struct Search<Q4_K> {
   using Levels = Integers<0, 15>;
   static constexpr int kHighest = 63;
   static constexpr float kTrim = 0.05f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 template <>
 struct Search<Q5_K> {
   using Levels = Integers<0, 31>;
   static constexpr int kHighest = 63;
   static constexpr float kTrim = 0.03f;
+  static constexpr int kRefits = 2, kRounds = 2;
 };
 
-constexpr int kRounds = 3;  // of choosing the integers and refitting the unit
-
-struct Scaled {
-  float x[256];
-  HalfGrid grid;
-  explicit Scaled(const float* values) : grid(std::fabs(largest_of<256>(values))) {
-    for (int i = 0; i < 256; ++i) x[i] = grid.to_block(values[i]);
-  }
+// The unit of the scales of sub-blocks.
+template <class S>
+struct Units {
+  using Levels = Integers<S::kLowest, S::kHighest>;
+  static constexpr float kMost = 1.02f, kLeast = 0.72f;
+  static constexpr int kStarts = 16, kRefits = 2;
 };
 
-int nearest_integer(float value, int lowest, int highest) {
-  return int(std::nearbyint(std::clamp(value, float(lowest), float(highest))));
+PHI4EDGE_INLINE int nearest_integer(float value, int lowest, int highest) {
+  return int(nearest_integer(least(most(value, float(lowest)), float(highest))));
 }
 
 // ---- w[i] = scale * s[j] * level
 
-template <class F>
+template <class F, class W>
 class ScaleSearch {
   using S = Search<F>;
   using Levels = typename S::Levels;
   static constexpr int kSub = F::kSub, kSubs = 256 / kSub;
 
  public:
-  ScaleSearch(const float* values, const float* w) : scaled_(values), w_(w) {}
+  ScaleSearch(const float* values, W w) : scaled_(values), w_(w) {}
 
   void run(typename F::Block& block) {
     for (int j = 0; j < kSubs; ++j) fit_alone(j);
@@ -97,32 +95,19 @@ class ScaleSearch {
   };
 
   void fit_alone(int j) {
-    const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
-    float best = 3.0e38f;
-    search_scales<Levels, kSub, 16>(x, w, S::kMost, S::kLeast, 2, [&](ScaleFits<16>& fits) {
-      assign<Levels, kSub>(x, w, fits);
-      const int k = smallest(fits.error);
-      if (fits.error[k] < best) best = fits.error[k], alone_[j] = fits.scale[k], stiffness_[j] = fits.qq[k];
-    });
+    const float* x = scaled_.x + j * kSub;
+    const W w = w_ + j * kSub;
+    ScaleFits<16> fits;
+    search_scales<S, kSub>(x, w, fits);
+    const int k = smallest(fits.error);
+    alone_[j] = fits.scale[k], stiffness_[j] = fits.qq[k];
   }
 
   // The unit that loses least when the scales are rounded to multiples of it.
   float best_unit() const {
-    const float largest = largest_of<kSubs>(alone_);
-    if (std::fabs(largest) < 1e-30f) return 0;
-    constexpr int kCandidates = 48;
-    float best = 0, least = 3.0e38f;
-    for (int c = 0; c < kCandidates; ++c) {
-      const float most = float(c % 2 ? S::kHighest : S::kLowest);
-      const float unit = largest / (most * (1.02f - 0.3f * float(c / 2) / float(kCandidates / 2)));
-      float loss = 0;
-      for (int j = 0; j < kSubs; ++j) {
-        const float rest = alone_[j] - unit * float(nearest_integer(alone_[j] * inverse_of(unit), S::kLowest, S::kHighest));
-        loss += stiffness_[j] * rest * rest;
-      }
-      if (loss < least) least = loss, best = unit;
-    }
-    return best;
+    ScaleFits<16> fits;
+    search_scales<Units<S>, kSubs>(alone_, stiffness_, fits);
+    return fits.scale[smallest(fits.error)];
   }
 
   void refine(float start) {
@@ -131,7 +116,7 @@ class ScaleSearch {
     for (int j = 0; j < kSubs; ++j) {
       choice.s[j] = nearest_integer(alone_[j] * inverse_of(choice.unit), S::kLowest, S::kHighest);
     }
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < S::kRounds; ++round) {
       float sum_rq = 0, sum_qq = 0;
       choice.error = 0;
       for (int j = 0; j < kSubs; ++j) choose(j, choice, sum_rq, sum_qq);
@@ -149,7 +134,7 @@ class ScaleSearch {
     ScaleFits<8> fits;
     int s[8];
     for (int k = 0; k < 8; ++k) {
-      s[k] = std::clamp((k < 5 ? choice.s[j] : -choice.s[j]) + kAround[k], S::kLowest, S::kHighest);
+      s[k] = clamp((k < 5 ? choice.s[j] : -choice.s[j]) + kAround[k], S::kLowest, S::kHighest);
       fits.scale[k] = choice.unit * float(s[k]);
     }
     assign<Levels, kSub>(scaled_.x + j * kSub, w_ + j * kSub, fits);
@@ -160,27 +145,27 @@ class ScaleSearch {
     sum_qq += float(s[k] * s[k]) * fits.qq[k];
   }
 
-  const Scaled scaled_;
-  const float* w_;
-  float alone_[kSubs] = {}, stiffness_[kSubs] = {};  // the scale of each sub-block by itself, and its sum of w q q
+  const Scaled<256> scaled_;
+  const W w_;
+  alignas(64) float alone_[kSubs] = {}, stiffness_[kSubs] = {};  // the scale of each sub-block by itself, and its sum of w q q
   Choice best_;
 };
 
 // ---- w[i] = scale * s[j] * q - minimum * m[j]
 
-template <class F>
+template <class F, class W>
 class LineSearch {
   using S = Search<F>;
   using Levels = typename S::Levels;
   static constexpr int kSub = F::kSub, kSubs = 256 / kSub;
 
  public:
-  LineSearch(const float* values, const float* w) : scaled_(values), w_(w) {}
+  LineSearch(const float* values, W w) : scaled_(values), w_(w) {}
 
   void run(typename F::Block& block) {
     for (int j = 0; j < kSubs; ++j) fit_alone(j);
-    const float scale = *std::max_element(scale_, scale_ + kSubs) / float(S::kHighest);
-    const float minimum = *std::max_element(minimum_, minimum_ + kSubs) / float(S::kHighest);
+    const float scale = most_of(scale_) / float(S::kHighest);
+    const float minimum = most_of(minimum_) / float(S::kHighest);
     best_.error = 3.0e38f;
     refine(scale, minimum);
     if constexpr (S::kHighest < 63) {  // coarse units: it can pay to clip the largest
@@ -209,14 +194,13 @@ class LineSearch {
   };
 
   void fit_alone(int j) {
-    const float *x = scaled_.x + j * kSub, *w = w_ + j * kSub;
-    LineFits<16> fits;
-    search_lines<Levels, kSub>(x, w, S::kTrim, false, 2, fits);
-    assign<Levels, kSub>(x, w, fits);
+    const float* x = scaled_.x + j * kSub;
+    const W w = w_ + j * kSub;
+    LineFits fits;
+    sum_w_[j] = sum_of<kSub>(w);
+    search_lines<S, kSub, false>(x, w, sum_w_[j], fits);
     const int k = smallest(fits.error);
     scale_[j] = fits.scale[k], minimum_[j] = -fits.offset[k];
-    sum_w_[j] = 0;
-    for (int i = 0; i < kSub; ++i) sum_w_[j] += w[i];
   }
 
   void refine(float scale, float minimum) {
@@ -226,7 +210,7 @@ class LineSearch {
       choice.s[j] = nearest_integer(scale_[j] * inverse_of(choice.scale), 0, S::kHighest);
       choice.m[j] = nearest_integer(minimum_[j] * inverse_of(choice.minimum), 0, S::kHighest);
     }
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < S::kRounds; ++round) {
       Equations sums;
       choice.error = 0;
       for (int j = 0; j < kSubs; ++j) choose(j, choice, sums);
@@ -239,12 +223,12 @@ class LineSearch {
 
   // The best of the pairs of integers around (s[j], m[j]).
   void choose(int j, Choice& choice, Equations& sums) const {
-    LineFits<12> fits;
-    int s[12], m[12];
-    for (int k = 0; k < 12; ++k) {
+    LineFits fits;
+    int s[16], m[16];
+    for (int k = 0; k < 16; ++k) {
       const int around_m = k % 4 == 3 ? (k / 4 - 1) * -2 : k % 4 - 1;  // a smaller scale goes with a larger minimum
-      s[k] = std::clamp(choice.s[j] + k / 4 - 1, 0, S::kHighest);
-      m[k] = std::clamp(choice.m[j] + around_m, 0, S::kHighest);
+      s[k] = clamp(choice.s[j] + k / 4 - 1, 0, S::kHighest);
+      m[k] = clamp(choice.m[j] + around_m, 0, S::kHighest);
       fits.scale[k] = choice.scale * float(s[k]), fits.offset[k] = -choice.minimum * float(m[k]);
     }
     assign<Levels, kSub>(scaled_.x + j * kSub, w_ + j * kSub, fits);
@@ -268,22 +252,20 @@ class LineSearch {
     } else if (e.ss > 1e-30f) {
       scale += e.rs / e.ss;
     }
-    choice.scale = scaled_.grid.round(std::max(scale, 0.0f));
-    choice.minimum = scaled_.grid.round(std::max(minimum, 0.0f));
+    choice.scale = scaled_.grid.round(most(scale, 0.0f));
+    choice.minimum = scaled_.grid.round(most(minimum, 0.0f));
   }
 
-  const Scaled scaled_;
-  const float* w_;
+  const Scaled<256> scaled_;
+  const W w_;
   float scale_[kSubs] = {}, minimum_[kSubs] = {}, sum_w_[kSubs] = {};  // of each sub-block by itself
   Choice best_;
 };
 
-}  // namespace
-
-#define X(F, Kind)                                                               \
-  template <>                                                                    \
-  void quantize_block<F>(const float* x, const float* weight, F::Block& block) { \
-    Kind<F>(x, weight).run(block);                                               \
+#define X(F, Kind)                                                                \
+  template <class W>                                                              \
+  PHI4EDGE_INLINE void quantize_block(const float* x, W w, F::Block& block, F*) { \
+    Kind<F, W>(x, w).run(block);                                                  \
   }
 X(Q3_K, ScaleSearch)
 X(Q6_K, ScaleSearch)
@@ -293,4 +275,5 @@ X(Q4_K, LineSearch)
 X(Q5_K, LineSearch)
 #undef X
 
+}  // namespace
 }  // namespace phi4edge

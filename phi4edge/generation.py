@@ -177,15 +177,19 @@ class Piece:
 class Usage:
     """Token counts."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # images and sounds included
     cached_tokens: int  # of the prompt, found in the KV cache
     completion_tokens: int
+    image_tokens: int = 0  # of the prompt
+    audio_tokens: int = 0
 
     def as_json(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            "image_tokens": self.image_tokens,
+            "audio_tokens": self.audio_tokens,
         }
 
 
@@ -194,7 +198,8 @@ class Timings:
     """Where the time went, in seconds. Rates are tokens per second, 0 when nothing was measured.
 
     ``first_token_seconds`` runs from the call to the first token; ``decode_seconds`` is the time of the
-    ``n_decoded`` tokens after the first, which comes out of the prefill.
+    ``n_decoded`` tokens after the first, which comes out of the prefill.  Images and sounds are read and brought into
+    the form that encoders take in ``processor_seconds``, and encoded in ``encoder_seconds``.
     """
 
     load_seconds: float = 0.0
@@ -203,6 +208,8 @@ class Timings:
     decode_seconds: float = 0.0
     n_prefilled: int = 0  # prompt tokens that were computed, not found in the cache
     n_decoded: int = 0
+    processor_seconds: float = 0.0
+    encoder_seconds: float = 0.0
 
     @property
     def prefill_rate(self) -> float:
@@ -215,6 +222,8 @@ class Timings:
     def as_json(self) -> dict[str, float]:
         return {
             "load_seconds": self.load_seconds,
+            "processor_seconds": self.processor_seconds,
+            "encoder_seconds": self.encoder_seconds,
             "prefill_seconds": self.prefill_seconds,
             "first_token_seconds": self.first_token_seconds,
             "decode_seconds": self.decode_seconds,
@@ -235,6 +244,8 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] = ()
     adapter: str | None = None  # its name; None: the model as it is
     adapter_scale: float = 1.0
+    merged_adapter: str | None = None  # the one that the model's weights include
+    warnings: tuple[str, ...] = ()  # about how this request was answered
 
     def as_json(self) -> dict[str, Any]:
         """Plain types for ``json.dumps(..., allow_nan=False)``; a log-probability of minus infinity becomes null."""
@@ -246,6 +257,8 @@ class Generation:
             "timings": self.timings.as_json(),
             "logprobs": [each.as_json() for each in self.logprobs],
             "adapter": None if self.adapter is None else {"name": self.adapter, "scale": self.adapter_scale},
+            "merged_adapter": self.merged_adapter,
+            "warnings": list(self.warnings),
         }
 
 

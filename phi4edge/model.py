@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,15 @@ import numpy.typing as npt
 
 from phi4edge import _core, machine
 from phi4edge.adapters import AdapterSet, checked_scale
+from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.errors import InputError, UsageError
-from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
+from phi4edge.expanded import Key, Steps, expand, length
+from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.info import check_options, choose_context, context_warnings
-from phi4edge.prompt import ChatTemplate
-from phi4edge.stops import StopStrings
+from phi4edge.media import Media, MediaInput
+from phi4edge.prompt import ChatTemplate, media_parts
+from phi4edge.router import IMAGE, TEXT, Router
 from phi4edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -62,11 +64,13 @@ def load(
     check_options(context, kv_type)
     n_threads, thread_warning = machine.clamp_threads(threads)
     bundle = bundle_at(path)
+    router = Router({}) if bundle is None else Router.of_bundle(bundle)
     file = _core.GgufFile(path if bundle is None else bundle.part(BACKBONE))
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
-    template = _template(metadata, tokenizer, os.fspath(path))
+    media = Media(bundle, config.hidden_size, n_threads, tokenizer.special_tokens)
+    template = _template(metadata, tokenizer, media.placeholders, os.fspath(path))
     n_context = choose_context(config, context)
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
@@ -85,6 +89,8 @@ def load(
         kv_type,
         load_seconds,
         tuple(warnings),
+        router=router,
+        media=media,
         adapter_files={} if bundle is None else bundle.adapters(),
         check_memory=check_memory,
     )
@@ -100,7 +106,9 @@ def read_bandwidth(n_threads: int, n_bytes: int, seconds: float) -> float:
     return _core.read_bandwidth(n_threads, n_bytes, seconds)
 
 
-def _template(metadata: Mapping[str, Any], tokenizer: Tokenizer, path: str) -> ChatTemplate:
+def _template(
+    metadata: Mapping[str, Any], tokenizer: Tokenizer, placeholders: Mapping[str, str], path: str
+) -> ChatTemplate:
     source = metadata.get("tokenizer.chat_template")
 
     def text_of(token: int | None) -> str:
@@ -111,20 +119,27 @@ def _template(metadata: Mapping[str, Any], tokenizer: Tokenizer, path: str) -> C
         special_tokens=tokenizer.special_tokens,
         bos=text_of(tokenizer.bos_id),
         eos=text_of(tokenizer.eos_id),
+        placeholders=placeholders,
         path=path,
     )
 
 
 class Session:
-    """One sequence of tokens and its KV cache.  Sessions of a model share its weights."""
+    """One sequence of tokens and embeddings, and its KV cache.  Sessions of a model share its weights."""
 
-    def __init__(self, core: _core.Session) -> None:
+    def __init__(self, core: _core.Session, model: _core.Model) -> None:
         self._core = core
-        self._tokens: list[int] = []
+        self._keys: list[Key] = []
+        self.model = model
+        self.turn = object()  # the answer that owns the sequence
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(self._tokens)
+        """What the sequence has; -1 for each embedding of an image or a sound."""
+        return tuple(key if isinstance(key, int) else -1 for key in self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def extend(
         self, tokens: Sequence[int], logits: str = "last", progress: Progress | None = None
@@ -134,30 +149,47 @@ class Session:
         Raises InputError when they do not fit or do not exist, Cancelled; then nothing has changed.
         """
         ids = token_ids(tokens)
-        self._core.truncate(len(self._tokens))  # an interrupt may have come between the next two lines
+        self._core.truncate(len(self._keys))  # an interrupt may have come between the next two lines
         rows = self._core.extend(np.array(ids, dtype=np.int32), logits, progress)
-        self._tokens += ids
+        self._keys += ids
         return rows
 
-    def reuse(self, tokens: Sequence[int]) -> int:
-        """Keeps the longest common prefix with ``tokens`` but leaves one of them to compute.
+    def extend_embeddings(
+        self,
+        embeddings: npt.NDArray[np.float32],
+        keys: Sequence[Key],
+        logits: str = "last",
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Appends rows, float32 [n, hidden], in place of tokens; ``keys`` say what each row is.  As :meth:`extend`."""
+        if len(keys) != len(embeddings):
+            raise InputError(f"{len(embeddings)} rows have {len(keys)} keys", field="keys")
+        self._core.truncate(len(self._keys))
+        rows = self._core.extend_embeddings(embeddings, logits, progress)
+        self._keys += keys
+        return rows
 
-        Returns how many of the kept ones need no computing when the rest is appended: none when RoPE factors change.
+    def reuse(self, keys: Sequence[Key], ends: Sequence[int] = ()) -> int:
+        """Keeps the longest common prefix with ``keys`` but leaves one of them to compute.
+
+        ends: the lengths after each of the extensions that will follow; by default there is one.
+
+        Returns how many of the kept ones need no computing then: none when RoPE factors change on the way.
         """
-        limit = min(len(self._tokens), len(tokens) - 1)
-        n_common = next((i for i in range(limit) if self._tokens[i] != tokens[i]), max(limit, 0))
+        limit = min(len(self._keys), len(keys) - 1)
+        n_common = next((i for i in range(limit) if self._keys[i] != keys[i]), max(limit, 0))
         self.truncate(n_common)
-        return min(n_common, self._core.n_reusable(len(tokens)))
+        return min([n_common, *(self._core.n_reusable(end) for end in ends or [len(keys)] if end > n_common)])
 
     def truncate(self, n_tokens: int) -> None:
-        if not 0 <= n_tokens <= len(self._tokens):
-            raise InputError(f"cannot keep {n_tokens} of {len(self._tokens)} tokens")
-        del self._tokens[n_tokens:]
+        if not 0 <= n_tokens <= len(self._keys):
+            raise InputError(f"cannot keep {n_tokens} of {len(self._keys)} tokens")
+        del self._keys[n_tokens:]
         self._core.truncate(n_tokens)
 
     def computes_all_again(self) -> bool:
         """Whether one more token makes the whole sequence be computed again (see LongRoPE)."""
-        return bool(self._tokens) and self._core.n_reusable(len(self._tokens) + 1) == 0
+        return bool(self._keys) and self._core.n_reusable(len(self._keys) + 1) == 0
 
     def clear(self) -> None:
         self.truncate(0)
@@ -189,6 +221,8 @@ class Model:
         load_seconds: float,
         warnings: tuple[str, ...] = (),
         *,
+        router: Router,
+        media: Media,
         adapter_files: Mapping[str, str | os.PathLike[str]] | None = None,
         check_memory: bool = True,
     ) -> None:
@@ -207,7 +241,10 @@ class Model:
         self._core: _core.Model | None = core
         self._load_seconds = load_seconds
         self._session: Session | None = None
-        self._turn = object()  # the answer that owns the session
+        self._router = router
+        self._media = media
+        # Token -> "image" or "audio": tokens that stand for media in a prompt, and are never part of an answer.
+        self._placeholders = {tokenizer.special_tokens[text]: kind for kind, text in media.placeholders.items()}
         self._check_memory = check_memory
         self._adapters: AdapterSet[_core.Adapter] = AdapterSet(adapter_files or {})
 
@@ -229,7 +266,22 @@ class Model:
         """Gives the memory back; the model cannot be used after."""
         self._core = None
         self._session = None
+        self.release_encoders()
         self._adapters = AdapterSet({})
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """What prompts may have: "text", and "image" and "audio" when the bundle has encoders for them."""
+        return self._media.kinds | {TEXT}
+
+    def release_encoders(self) -> None:
+        """Gives the memory of the image and audio encoders back; the next image or sound opens them again."""
+        self._media.release()
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for images and sounds in a prompt; an answer never has them."""
+        return tuple(self._placeholders)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -285,21 +337,23 @@ class Model:
         return _core.kv_bytes_per_token(self.config, self.kv_type) * n_tokens
 
     def session(self, *, adapter: str | None = None, adapter_scale: float = 1.0) -> Session:
-        """A new, empty sequence of up to ``context`` tokens, with an adapter or without."""
-        return self._new_session(self.context, self._choose(adapter, adapter_scale))
+        """A new, empty sequence of up to ``context`` tokens, with an adapter or without.
 
-    def _new_session(self, context: int, choice: _AdapterChoice) -> Session:
-        session = Session(_core.Session(self._require_core(), context, self.kv_type))
-        session.use(choice.core, choice.scale)
+        The adapter is for ``Session.extend``; :meth:`stream` sets the one that it was asked for.
+        """
+        return self._new_session(self.context, self._adapter(adapter), checked_scale(adapter_scale))
+
+    def _new_session(self, context: int, adapter: _core.Adapter | None, scale: float) -> Session:
+        core = self._require_core()
+        session = Session(_core.Session(core, context, self.kv_type), core)
+        session.use(adapter, scale)
         return session
 
-    def _choose(self, name: str | None, scale: float) -> _AdapterChoice:
-        return _AdapterChoice(
-            name, checked_scale(scale), None if name is None else self._adapters.get(name, self._adapter_reader())
-        )
+    def _adapter(self, name: str | None) -> _core.Adapter | None:
+        return None if name is None else self._adapters.get(name, self._adapter_reader())
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a prompt: a user's text, messages, or ids as they are."""
+        """Token ids of a prompt: a user's text, messages, or ids as they are.  An image or a sound is one id here."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Mapping):
@@ -322,7 +376,26 @@ class Model:
         """Logits after each of the tokens, float32 [n_tokens, vocab].  Leaves the conversation alone."""
         ids = token_ids(tokens)
         n_context = min(self.context, max(1, len(ids)))
-        return self._new_session(n_context, self._choose(adapter, adapter_scale)).extend(ids, logits="all")
+        session = self._new_session(n_context, self._adapter(adapter), checked_scale(adapter_scale))
+        return session.extend(ids, logits="all")
+
+    def next_logits(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+        max_crops: int | None = None,
+        session: Session | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Logits of the token after a prompt, float32 [vocab]; the parameters are those of :meth:`stream`.
+
+        session: None leaves the conversation alone.
+        """
+        request = self._request(prompt, adapter, adapter_scale, max_crops)
+        if session is None:
+            session = self._new_session(len(request.prompt.keys), request.loaded, request.scale)
+        return self._prefill(self._owned(session), request, None)
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
         """The whole answer; see :meth:`stream`."""
@@ -338,62 +411,149 @@ class Model:
         progress: Progress | None = None,
         adapter: str | None = None,
         adapter_scale: float = 1.0,
+        max_crops: int | None = None,
+        session: Session | None = None,
         **overrides: Any,
     ) -> Generator[Piece, None, None]:
         """Pieces of the answer as they come; ``last`` tells the rest afterwards, also when the loop was left early.
 
-        prompt: one user message, messages for the chat template, or token ids.
-        progress: called with (tokens done, tokens to do) while the prompt is computed.
-        adapter: one of ``adapters``, for the prompt and the answer; None is the model as it is.
+        prompt: one user message, messages for the chat template, or token ids.  Where ``modalities`` allows it, the
+            content of a message may be a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``
+            (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]) and ``{"type": "audio",
+            "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz).
+        progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
+            that is encoded count twice.
+        adapter: one of ``adapters``, for the prompt and the answer; None is the one that the bundle has for what the
+            prompt holds: none for text.
         adapter_scale: multiplies what the adapter adds; any finite number.
+        max_crops: of each image, at most what the model was made for; fewer take less time, and show less.
+        session: of this model; None is its own one.
         overrides: fields of GenerationConfig.
         What the prompt has in common with the one before is not computed again if the adapter and scale are the same.
 
-        Raises UsageError, InputError (an empty prompt, or one that does not fit the context), Cancelled.
+        Raises UsageError, FileError, BundleError, InputError (an empty prompt, one that does not fit the context, or an
+        image or a sound that cannot be used), Cancelled.
         """
         self.last = None
         self._require_core()
         if config is not None and not isinstance(config, GenerationConfig):
             raise UsageError(f"must be a GenerationConfig, got {type(config).__name__}", field="config")
         config = (config or GenerationConfig()).merged(**overrides)
+        request = self._request(prompt, adapter, adapter_scale, max_crops)
+        continues = not _is_chat(prompt)
+        sampler = self._sampler(config)
+        answer = Answer(request, config, self.tokenizer, sampler, context=self.context, continues=continues)
+        if session is None:
+            if self._session is None:
+                self._session = self.session()
+            session = self._session
+        return self._stream(self._owned(session), answer, progress)
+
+    def _request(self, prompt: Prompt, adapter: str | None, scale: float, max_crops: int | None) -> Request:
+        """Everything that can be wrong with a prompt is found here, before an encoder or the decoder works."""
+        started = time.perf_counter()
         tokens = self.encode(prompt)
         if not tokens:
             raise InputError("the prompt has no tokens")
-        if len(tokens) >= self.context:
+        messages: Any = prompt
+        parts = [] if isinstance(prompt, str) or not _is_chat(prompt) else media_parts(messages)
+        self._media.require(parts)
+        route = self._router.route({part.kind for part in parts}, adapters=self.adapters, override=adapter)
+        items: list[MediaInput] = []
+        n_tokens = len(tokens)
+        for part in parts:
+            item = self._media.read(part, route.audio_branch, max_crops)
+            n_tokens += item.n_tokens - 1
+            items.append(item if n_tokens < self.context else item.without_data())  # this will not be encoded
+        expanded = expand(tokens, self._placeholders, items)
+        if len(expanded.keys) >= self.context:
+            sizes = "".join(f", {item.label} takes {item.n_tokens}" for item in items)
+            fewer = " or its images, allow fewer crops" if any(item.kind == IMAGE for item in items) else ""
             raise InputError(
-                f"the prompt has {len(tokens)} tokens and the context holds {self.context}, the answer included",
-                hint="shorten the prompt, or load the model with a larger context",
+                f"the prompt has {len(expanded.keys)} tokens and the context holds {self.context}, the answer included"
+                + sizes,
+                hint=f"shorten the prompt{fewer}, or load the model with a larger context",
             )
-        choice = self._choose(adapter, adapter_scale)
-        answer = _Answer(self, config, len(tokens), choice, continues=not _is_chat(prompt))
-        return self._stream(tokens, answer, progress)
+        loaded = self._adapter(route.adapter)
+        return Request(expanded, route, checked_scale(scale), loaded, time.perf_counter() - started)
+
+    def _sampler(self, config: GenerationConfig) -> _core.Sampler:
+        options = _core.SamplerOptions(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            presence_penalty=config.presence_penalty,
+            frequency_penalty=config.frequency_penalty,
+            penalty_window=config.penalty_window,
+            logit_bias=list(config.logit_bias.items()),
+            seed=secrets.randbits(64) if config.seed is None else config.seed,
+            n_top=config.logprobs,
+            forbidden=[*self.tokenizer.unused_ids, *self.placeholder_ids],
+        )
+        return _core.Sampler(options, self.config.vocab_size)
 
     def cancel(self) -> None:
         """Ends the answer that another thread is generating; it raises Cancelled there."""
         if self._session is not None:
             self._session.cancel()
 
-    def _stream(self, prompt: list[int], answer: _Answer, progress: Progress | None) -> Generator[Piece, None, None]:
-        if self._session is None:
-            self._session = self.session()
-        session = self._session
-        turn = self._turn = object()
+    def _owned(self, session: Session) -> Session:
+        if session.model is not self._core:
+            raise UsageError("belongs to another model", field="session", hint="use one that session() made")
+        return session
+
+    def _prefill(
+        self, session: Session, request: Request, progress: Progress | None, answer: Answer | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Brings the session to the end of the prompt, and returns the logits there, [vocab]."""
+        prompt = request.prompt
+        session.use(request.loaded, request.scale)
+        n_cached = session.reuse(prompt.keys, prompt.ends)
+        steps = Steps(progress, prompt, len(session))
+        logits = None
+        encoder_seconds = 0.0
+        begin = 0
+        for piece in prompt.pieces:
+            end = begin + length(piece)
+            n_kept = max(0, len(session) - begin)
+            begin = end
+            if len(session) >= end:
+                continue
+            which = "last" if end == len(prompt.keys) else "none"
+            if isinstance(piece, MediaInput):
+                started = time.perf_counter()
+                rows = self._media.encode(piece, steps.next(piece.n_tokens))
+                encoder_seconds += time.perf_counter() - started
+                keys = prompt.keys[end - piece.n_tokens + n_kept : end]
+                logits = session.extend_embeddings(rows[n_kept:], keys, which, steps.next(len(keys)))
+            else:
+                logits = session.extend(piece[n_kept:], which, steps.next(len(piece) - n_kept))
+        if answer is not None:
+            answer.cached_tokens, answer.encoder_seconds = n_cached, encoder_seconds
+        if logits is None:
+            raise InputError("the prompt has no tokens")
+        row: npt.NDArray[np.float32] = logits[0]
+        return row
+
+    def _stream(self, session: Session, answer: Answer, progress: Progress | None) -> Generator[Piece, None, None]:
+        turn = session.turn = object()
         try:
             started = time.perf_counter()
-            session.use(answer.adapter.core, answer.adapter.scale)
-            answer.cached_tokens = session.reuse(prompt)
-            logits = session.extend(prompt[len(session.tokens) :], progress=progress)
-            answer.prefill_seconds = time.perf_counter() - started
-            for token in prompt:
-                answer.sampler.accept(token)
-            piece = answer.next_piece(logits[0])
-            answer.first_token_seconds = time.perf_counter() - started
+            logits = self._prefill(session, answer.request, progress, answer)
+            answer.prefill_seconds = time.perf_counter() - started - answer.encoder_seconds
+            for key in answer.request.prompt.keys:
+                if isinstance(key, int):
+                    answer.sampler.accept(key)
+            piece = answer.next_piece(logits)
+            answer.first_token_seconds = answer.request.seconds + time.perf_counter() - started
             while True:
                 if piece is not None:
                     yield piece
                 if answer.finish_reason is not None:
                     return
-                if self._turn is not turn:
+                if session.turn is not turn:
                     raise UsageError(
                         "another answer of this model was started meanwhile", hint="finish one first, or use session()"
                     )
@@ -404,7 +564,7 @@ class Model:
                 answer.n_decoded += 1
                 answer.decode_seconds += time.perf_counter() - step
         finally:
-            if self._turn is turn:
+            if session.turn is turn:
                 self.last = answer.result(self._load_seconds)
 
     def _finished(self) -> Generation:
@@ -416,105 +576,6 @@ class Model:
         if self._core is None:
             raise UsageError("the model was closed", hint="load it again")
         return self._core
-
-
-@dataclass(frozen=True)
-class _AdapterChoice:
-    """What a request asked for; keeps the adapter in memory as long as the request lasts."""
-
-    name: str | None
-    scale: float
-    core: _core.Adapter | None
-
-
-class _Answer:
-    """An answer in the making: picks tokens, turns them into text, and knows when to stop."""
-
-    def __init__(
-        self, model: Model, config: GenerationConfig, n_prompt: int, adapter: _AdapterChoice, *, continues: bool
-    ) -> None:
-        self.adapter = adapter
-        self._model = model
-        self._config = config
-        self._n_prompt = n_prompt
-        tokenizer = model.tokenizer
-        self._stop_tokens = tokenizer.stop_ids | frozenset(config.stop_tokens)
-        self._decoder = tokenizer.stream_decoder(continues=continues)
-        self._stops = StopStrings(config.stop)
-        seed = secrets.randbits(64) if config.seed is None else config.seed
-        self.sampler = _core.Sampler(
-            _core.SamplerOptions(
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
-                repetition_penalty=config.repetition_penalty,
-                presence_penalty=config.presence_penalty,
-                frequency_penalty=config.frequency_penalty,
-                penalty_window=config.penalty_window,
-                logit_bias=list(config.logit_bias.items()),
-                seed=seed,
-                n_top=config.logprobs,
-                forbidden=tokenizer.unused_ids,
-            ),
-            model.config.vocab_size,
-        )
-        self.tokens: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.cached_tokens = 0
-        self.prefill_seconds = 0.0
-        self.first_token_seconds = 0.0
-        self.decode_seconds = 0.0
-        self.n_decoded = 0
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._n_given = 0  # tokens that were part of a piece
-
-    def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
-        """Takes one more token; the text that became certain by it, or None."""
-        sample = self.sampler.sample(logits)
-        if sample.token in self._stop_tokens:
-            self.finish_reason = "stop"
-            return self._piece(self._stops.push(self._decoder.flush()) + self._stops.flush())
-        self.sampler.accept(sample.token)
-        self.tokens.append(sample.token)
-        if self._config.logprobs:
-            self._logprobs.append(TokenLogprob(sample.token, sample.logprob, tuple(sample.top)))
-        text = self._stops.push(self._decoder.push(sample.token))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        elif min(self._config.max_tokens, self._model.context - self._n_prompt) <= len(self.tokens):
-            self.finish_reason = "length"
-            text += self._stops.push(self._decoder.flush()) + self._stops.flush()
-        return self._piece(text)
-
-    def _piece(self, text: str) -> Piece | None:
-        if not text and (self.finish_reason is None or self._n_given == len(self.tokens)):
-            return None
-        tokens = tuple(self.tokens[self._n_given :])
-        logprobs = tuple(self._logprobs[self._n_given :])
-        self._n_given = len(self.tokens)
-        self._text.append(text)
-        return Piece(text, tokens, logprobs)
-
-    def result(self, load_seconds: float) -> Generation:
-        return Generation(
-            text="".join(self._text),
-            tokens=tuple(self.tokens),
-            finish_reason=self.finish_reason or "cancelled",
-            usage=Usage(self._n_prompt, self.cached_tokens, len(self.tokens)),
-            timings=Timings(
-                load_seconds=load_seconds,
-                prefill_seconds=self.prefill_seconds,
-                first_token_seconds=self.first_token_seconds,
-                decode_seconds=self.decode_seconds,
-                n_prefilled=self._n_prompt - self.cached_tokens,
-                n_decoded=self.n_decoded,
-            ),
-            logprobs=tuple(self._logprobs),
-            adapter=self.adapter.name,
-            adapter_scale=self.adapter.scale,
-        )
 
 
 def _is_chat(prompt: Any) -> bool:

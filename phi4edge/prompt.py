@@ -4,6 +4,8 @@ What a user typed must never become control tokens, although the template puts i
 special tokens that occur in messages are broken with a mark, a private-use character that occurs nowhere else; the
 template is rendered; and where marks come out, the text is plain. Template logic that searches a *message* for the text
 of a special token does not find it.
+
+An image or a sound in a message becomes the special token that stands for its kind, once, without marks.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from phi4edge.errors import BundleError, InputError
 from phi4edge.template_sandbox import RaisedByTemplateError, SandboxedTemplate, TemplateError, TemplateLimits
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and "tools" on a system message
+# Types of parts, in the order in which a message shows them; each has its source under this name.
+MEDIA = ("image", "audio")
 
 # The format of Phi-4-mini and Phi-4-multimodal, for files that bring no template.
 _PHI4_SOURCE = """
@@ -49,6 +53,31 @@ class Segment:
     special: bool
 
 
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """An image or a sound in a message."""
+
+    kind: str  # "image" or "audio"
+    source: Any
+    label: str  # "image 1" is the first of the conversation
+    field: str = ""  # where it stands, for messages
+
+
+def media_parts(messages: Sequence[Message]) -> list[MediaPart]:
+    """The images and sounds of messages that a template took, in the order of their tokens in the prompt."""
+    numbers = dict.fromkeys(MEDIA, 0)
+    found: list[MediaPart] = []
+    for i, message in enumerate(messages):
+        parts = _parts_of(message)
+        for kind in MEDIA:
+            for j, part in enumerate(parts):
+                if part["type"] == kind:
+                    numbers[kind] += 1
+                    label, field = f"{kind} {numbers[kind]}", f"messages[{i}].content[{j}].{kind}"
+                    found.append(MediaPart(kind, part[kind], label, field))
+    return found
+
+
 class ChatTemplate:
     """The chat template of a model.
 
@@ -58,8 +87,9 @@ class ChatTemplate:
         ids = tokenizer.encode_segments(template.segments([{"role": "user", "content": "Hi"}]))
 
     ``source`` is Jinja as in ``tokenizer.chat_template`` of a GGUF file; None is the format of Phi-4.
-    ``special_tokens`` are the texts that the tokenizer turns into control tokens. ``path`` is for error messages. A
-    source that does not compile, or is too large or too deep, is a BundleError. Safe to share between threads.
+    ``special_tokens`` are the texts that the tokenizer turns into control tokens. ``placeholders`` are those that stand
+    for media, by their kind; without them a prompt has only text. ``path`` is for error messages. A source that does
+    not compile, or is too large or too deep, is a BundleError. Safe to share between threads.
     """
 
     def __init__(
@@ -69,6 +99,7 @@ class ChatTemplate:
         special_tokens: Iterable[str] = (),
         bos: str = "",
         eos: str = "",
+        placeholders: Mapping[str, str] | None = None,
         path: str = "",
         limits: TemplateLimits = TemplateLimits(),
     ) -> None:
@@ -76,7 +107,8 @@ class ChatTemplate:
         self.path = path
         self.limits = limits
         self._bos, self._eos = bos, eos
-        tokens = {token for token in special_tokens if token.strip()}
+        self._placeholders = dict(placeholders or {})
+        tokens = {token for token in (*special_tokens, *self._placeholders.values()) if token.strip()}
         if source is None:
             tokens.update(_PHI4_TOKENS)
         self._marks = _Marks(tokens)
@@ -88,9 +120,11 @@ class ChatTemplate:
     def segments(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[Segment]:
         """The prompt of a conversation, split so that special tokens typed in a message stay text.
 
-        ``content`` is a text or a list of ``{"type": "text", "text": ...}``. A message that cannot be used, an empty
-        prompt, or one that the template refuses is an InputError; a template that fails or exceeds its limits a
-        BundleError.
+        ``content`` is a text or a list of ``{"type": "text", "text": ...}``, and of ``{"type": "image", "image": ...}``
+        or ``{"type": "audio", "audio": ...}`` where there are placeholders. Those stand before the text of their
+        message, images first, as the models were trained; what they hold is not looked at here. A message that cannot
+        be used, an empty prompt, or one that the template refuses is an InputError; a template that fails or exceeds
+        its limits a BundleError.
         """
         text, mark = self._render(messages, add_generation_prompt)
         return self._marks.split(text, mark)
@@ -100,9 +134,14 @@ class ChatTemplate:
         return "".join(segment.text for segment in self.segments(messages, add_generation_prompt=add_generation_prompt))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, str]:
-        checked = _checked_messages(messages, self.limits.output_bytes)
+        checked = _checked_messages(messages, self.limits.output_bytes, self._placeholders)
         mark = _unused_character([*_strings(checked), self.source or "", self._bos, self._eos])
         guarded = self._marks.guard(checked, mark)
+        for message, original in zip(guarded, messages, strict=True):
+            kinds = [part["type"] for part in _parts_of(original)]
+            shown = "".join(self._placeholders[kind] * kinds.count(kind) for kind in MEDIA if kind in kinds)
+            if shown:
+                message["content"] = shown + message["content"]
         tools = [_tools_of(message) for message in guarded if message.get("tools") is not None]
         for message in guarded:
             if isinstance(message.get("tools"), list):
@@ -137,12 +176,19 @@ class ChatTemplate:
 # Messages.
 
 
-def _checked_messages(messages: object, max_bytes: int) -> list[dict[str, Any]]:
+def _parts_of(message: Message) -> Sequence[Mapping[str, Any]]:
+    """Of a checked message; none when its content is a text."""
+    content = message.get("content")
+    return () if content is None or isinstance(content, str) else content
+
+
+def _checked_messages(messages: object, max_bytes: int, kinds: Collection[str]) -> list[dict[str, Any]]:
     """Plain copies, with ``content`` as one text, or None beside tool calls."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InputError(f"must be a list of messages, got {type(messages).__name__}", field="messages")
-    checked = [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if not any(message["content"] or message.get("tool_calls") for message in checked):
+    checked = [_checked_message(message, f"messages[{i}]", kinds) for i, message in enumerate(messages)]
+    has_media = any(part["type"] in MEDIA for message in messages for part in _parts_of(message))
+    if not has_media and not any(message["content"] or message.get("tool_calls") for message in checked):
         raise InputError("the prompt is empty", field="messages", hint="write something in a message's content")
     n_chars = sum(map(len, _strings(checked)))
     if n_chars > max_bytes:
@@ -150,7 +196,7 @@ def _checked_messages(messages: object, max_bytes: int) -> list[dict[str, Any]]:
     return checked
 
 
-def _checked_message(message: object, field: str) -> dict[str, Any]:
+def _checked_message(message: object, field: str, kinds: Collection[str]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InputError(f"must be a message with role and content, got {type(message).__name__}", field=field)
     role = message.get("role")
@@ -160,7 +206,7 @@ def _checked_message(message: object, field: str) -> dict[str, Any]:
     if not _ROLE.fullmatch(role):  # templates build control tokens from it
         raise InputError(f"must be a word such as 'user', got {role[:40]!r}", field=f"{field}.role")
     rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-    plain: dict[str, Any] = {"role": str(role), "content": _checked_content(message, f"{field}.content")}
+    plain: dict[str, Any] = {"role": str(role), "content": _checked_content(message, f"{field}.content", kinds)}
     plain.update(_plain(rest, field))
     tools = plain.get("tools")
     if tools is not None and not isinstance(tools, str | list):
@@ -168,7 +214,8 @@ def _checked_message(message: object, field: str) -> dict[str, Any]:
     return plain
 
 
-def _checked_content(message: Mapping[str, Any], field: str) -> str | None:
+def _checked_content(message: Mapping[str, Any], field: str, kinds: Collection[str]) -> str | None:
+    """The text; media are checked and left out."""
     content = message.get("content")
     if isinstance(content, str):
         return str(content)
@@ -178,16 +225,21 @@ def _checked_content(message: Mapping[str, Any], field: str) -> str | None:
         raise InputError("is missing", field=field)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise InputError(f"must be a text or a list of parts, got {type(content).__name__}", field=field)
-    return "".join(_checked_part(part, f"{field}[{i}]") for i, part in enumerate(content))
+    return "".join(_checked_part(part, f"{field}[{i}]", kinds) for i, part in enumerate(content))
 
 
-def _checked_part(part: object, field: str) -> str:
+def _checked_part(part: object, field: str, kinds: Collection[str]) -> str:
     if not isinstance(part, Mapping):
         raise InputError(f"must be a part with a type, got {type(part).__name__}", field=field)
-    if part.get("type") != "text":
-        kind = str(part.get("type"))[:40]
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in kinds:
+        if part.get(kind) is None:
+            raise InputError("is missing", field=f"{field}.{kind}", hint="give a path, bytes or an array")
+        return ""
+    if kind != "text":
+        readable = " and ".join(["text", *(each for each in MEDIA if each in kinds)])
         raise InputError(
-            f"is a part of type {kind!r}, and this model reads only text",
+            f"is a part of type {str(kind)[:40]!r}, and this model reads only {readable}",
             field=field,
             hint="images and audio need a bundle with encoders",
         )

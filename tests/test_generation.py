@@ -56,5 +56,6 @@ def test_merging_replaces_only_what_was_given() -> None:
 def test_an_answer_becomes_json_even_with_impossible_tokens() -> None:
     answer = Generation("hi", (1,), "stop", Usage(3, 1, 1), Timings(), (TokenLogprob(1, -math.inf, ((2, -0.5),)),))
     document = json.loads(json.dumps(answer.as_json(), allow_nan=False))
-    assert document["usage"] == {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 1}
+    counts = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 1}
+    assert document["usage"] == counts | {"image_tokens": 0, "audio_tokens": 0}
     assert document["logprobs"][0]["logprob"] is None

@@ -68,6 +68,13 @@ def stats_lines(answer: Generation) -> list[str]:
         f"answer  {usage.completion_tokens} tokens, {timings.decode_seconds:.2f} s, "
         f"{timings.decode_rate:.1f} tokens/s; finish: {answer.finish_reason}",
     ]
+    if usage.image_tokens or usage.audio_tokens:
+        lines.append(
+            f"media   {usage.image_tokens} image tokens, {usage.audio_tokens} audio tokens; "
+            f"reading {timings.processor_seconds:.2f} s, encoders {timings.encoder_seconds:.2f} s"
+        )
+    if answer.merged_adapter is not None:
+        lines.append(f"adapter {answer.merged_adapter}, merged into the weights")
     if answer.adapter is not None:
         lines.append(f"adapter {answer.adapter}, scale {answer.adapter_scale:g}")
     peak = machine.peak_memory()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4edge.cli import answers, output
+from phi4edge.errors import FileError, InputError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.generation import Generation, GenerationConfig
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 HELP = """\
 /help           this list
 /system [TEXT]  show the system message, or set it; /system - removes it
+/image FILE     show an image with the next message
+/audio FILE     play a recording with the next message, which may be empty
 /clear          forget the conversation; the system message stays
 /regen          answer the last message again
 /stats          counts and speeds of the last answer
@@ -45,14 +49,20 @@ class Conversation:
         self._messages: list[Message] = []
         self._last: Generation | None = None
         self._n_regenerated = 0
+        self._attached: list[dict[str, str]] = []  # parts of the next message
+        self._warned: set[str] = set()
         self.finished = False
 
     def handle(self, text: str) -> None:
         """Answers a message or obeys a command.  Ctrl-C ends the answer here and keeps what there is of it."""
         if text.startswith("/") and not text.startswith("//"):
             self._command(text)
-        elif text.strip():
-            self._answer([*self._messages, {"role": "user", "content": text.removeprefix("/")}], self._config)
+        elif text.strip() or self._attached:
+            text = text.removeprefix("/")
+            parts, self._attached = self._attached, []
+            if text.strip() and parts:
+                parts.append({"type": "text", "text": text})
+            self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
 
     def _command(self, text: str) -> None:
         name, _, argument = text.strip().partition(" ")
@@ -62,9 +72,12 @@ class Conversation:
             self.finished = True
         elif name == "/clear":
             self._messages.clear()
+            self._attached.clear()
             self._tell("The conversation is empty.")
         elif name == "/system":
             self._change_system(argument.strip())
+        elif name in ("/image", "/audio"):
+            self._attach(name.removeprefix("/"), argument.strip())
         elif name == "/regen":
             self._regenerate()
         elif name == "/stats":
@@ -76,6 +89,16 @@ class Conversation:
         if text:
             self._system = None if text == "-" else text
         self._tell(f"System message: {self._system}" if self._system else "There is no system message.")
+
+    def _attach(self, kind: str, file: str) -> None:
+        if not file:
+            raise UsageError("names no file", field=f"/{kind}", hint=f"write /{kind} FILE")
+        if kind not in self._model.modalities:
+            raise InputError("this model reads only text", field=f"/{kind}", hint="use a bundle with encoders")
+        if not Path(file).is_file():
+            raise FileError("there is no such file", path=file)
+        self._attached.append({"type": kind, kind: file})
+        self._tell(f"{file} goes with the next message.")
 
     def _regenerate(self) -> None:
         answered = bool(self._messages) and self._messages[-1]["role"] == "assistant"
@@ -108,6 +131,10 @@ class Conversation:
             if self._model.last is None or not self._model.last.tokens:  # stopped before the first token
                 return
             last = self._model.last
+        for warning in last.warnings:
+            if warning not in self._warned:
+                output.warn(warning)
+        self._warned.update(last.warnings)
         self._last = last
         self._messages = [*messages, {"role": "assistant", "content": last.text}]
         for line in answers.logprob_lines(last.logprobs, self._model.tokenizer):

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -23,7 +24,7 @@ from phi4edge.errors import UsageError
 if TYPE_CHECKING:
     from phi4edge.generation import GenerationConfig
 
-_ANSWER, _CHOICE, _MACHINE = "The answer", "How tokens are chosen", "The machine"
+_MEDIA, _ANSWER, _CHOICE, _MACHINE = "Images and sounds", "The answer", "How tokens are chosen", "The machine"
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")]
 Context = Annotated[
@@ -81,6 +82,55 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Attachments:
+    """Images and sounds that go with a prompt."""
+
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An image to look at; may be repeated.", rich_help_panel=_MEDIA),
+    ] = None
+    audio: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A recording to listen to; may be repeated. It may be the question.",
+            rich_help_panel=_MEDIA,
+        ),
+    ] = None
+    max_crops: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Crops to cut an image into; fewer take less time and show less. [default: what the model knows]",
+            rich_help_panel=_MEDIA,
+            show_default=False,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.max_crops is not None and not self.image:
+            raise UsageError("there is no image", field="--max-crops", hint="give one with --image")
+
+    def require(self, path: str) -> None:
+        """InputError when the model there is none for these attachments; it is not loaded for that."""
+        from phi4edge.bundle import bundle_at
+        from phi4edge.media import kinds_of, no_encoder
+
+        bundle = bundle_at(path) if self.image or self.audio else None
+        for kind, files in (("image", self.image), ("audio", self.audio)):
+            if files and kind not in kinds_of(bundle) and (bundle is not None or Path(path).is_file()):
+                raise no_encoder(kind, bundle, field=f"--{kind}")
+
+    def content(self, text: str) -> str | list[dict[str, str]]:
+        """What a message with this text and the attachments has as its content."""
+        files = [("image", file) for file in self.image or ()] + [("audio", file) for file in self.audio or ()]
+        if not files:
+            return text
+        parts = [{"type": kind, kind: file} for kind, file in files]
+        return [*parts, {"type": "text", "text": text}] if text else parts
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """The adapter that answers are written with."""
 
@@ -88,7 +138,8 @@ class Adaptation:
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A LoRA adapter: the name of one in the bundle, or a GGUF file, as FILE or NAME=FILE.",
+            help="A LoRA adapter: the name of one in the bundle, or a GGUF file, as FILE or NAME=FILE. "
+            "[default: the one that the images and sounds of the prompt need]",
             rich_help_panel=_ANSWER,
         ),
     ] = None

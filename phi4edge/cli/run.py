@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from phi4edge.cli import answers, output
 from phi4edge.cli.loading import load_adapter, load_model
-from phi4edge.cli.options import Adaptation, Context, Json, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.cli.options import (
+    Adaptation,
+    Attachments,
+    Context,
+    Json,
+    ModelPath,
+    Runtime,
+    Sampling,
+    Stats,
+    System,
+    named_as_option,
+)
 from phi4edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +32,8 @@ EXAMPLES = """
     git diff | phi4edge run model.gguf --system "Summarize this change in one line."
     phi4edge run model.gguf - --json < question.txt
     phi4edge run model.gguf "Summarize § 7." --adapter legal.lora.gguf
+    phi4edge run BUNDLE "What is written here?" --image photo.jpg
+    phi4edge run BUNDLE --image chart.png --audio question.wav
     phi4edge run model.gguf --raw "Once upon a time" --max-tokens 64
 """
 
@@ -29,12 +42,16 @@ _LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and an end to `yes 
 
 def run(
     model: ModelPath,
+    attachments: Attachments,
     sampling: Sampling,
     adaptation: Adaptation,
     runtime: Runtime,
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What to ask; '-', or nothing in a pipe, reads standard input."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to ask; '-', or nothing in a pipe, reads standard input. With --audio it may be left out.",
+        ),
     ] = None,
     system: System = None,
     raw: Annotated[
@@ -52,14 +69,28 @@ def run(
     """Answer one prompt."""
     if raw and system is not None:
         raise UsageError("a raw prompt has no place for a system message", field="--system", hint="leave it out")
+    if raw and (attachments.image or attachments.audio):
+        raise UsageError("a raw prompt has no place for images and sounds", field="--raw", hint="leave it out")
     config = sampling.config()
-    text = read_prompt(prompt)
+    text = "" if prompt is None and attachments.audio else read_prompt(prompt)
+    attachments.require(model)
     with load_model(model, runtime, context=context) as loaded:
-        ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(text, system)
+        ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(attachments.content(text), system)
         adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
-        answer = answers.stream_answer(
-            loaded, ready, config, show=not as_json, adapter=adapter, adapter_scale=adaptation.adapter_scale
-        )
+        try:
+            answer = answers.stream_answer(
+                loaded,
+                ready,
+                config,
+                show=not as_json,
+                adapter=adapter,
+                adapter_scale=adaptation.adapter_scale,
+                max_crops=attachments.max_crops,
+            )
+        except UsageError as error:
+            raise named_as_option(error, ("max_crops",)) from None
+        for warning in answer.warnings:
+            output.warn(warning)
         if as_json:
             output.write_json({"model": model, **answers.answer_as_json(answer, loaded.tokenizer)})
         else:
@@ -71,9 +102,9 @@ def run(
             output.note(line)
 
 
-def _messages(text: str, system: str | None) -> list[Message]:
+def _messages(content: Any, system: str | None) -> list[Message]:
     messages: list[Message] = [] if system is None else [{"role": "system", "content": clean(system)}]
-    return [*messages, {"role": "user", "content": text}]
+    return [*messages, {"role": "user", "content": content}]
 
 
 def read_prompt(argument: str | None) -> str:

@@ -1,0 +1,276 @@
+"""Images and sounds of a request: read, counted in tokens, and encoded for the decoder.
+
+>>> media = Media(bundle, 3072, 4, tokenizer.special_tokens)  # doctest: +SKIP
+>>> crops = media.read(MediaPart("image", "photo.jpg", "image 1"), None)  # doctest: +SKIP
+>>> media.encode(crops).shape  # doctest: +SKIP
+(545, 3072)
+
+Reading is cheap and tells how many tokens a part takes; encoding is not, and is left out for what is still in a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi4edge.bundle import AUDIO as AUDIO_ROLE
+from phi4edge.bundle import MANIFEST, VISION, Bundle
+from phi4edge.encoders import AudioEncoder, Branch, VisionEncoder
+from phi4edge.errors import BundleError, InputError
+from phi4edge.prompt import MediaPart
+from phi4edge.router import AUDIO, IMAGE
+
+if TYPE_CHECKING:
+    from phi4edge.audio_processor import AudioNumbers
+    from phi4edge.image_processor import Crops, ImageNumbers
+
+MAX_PARTS = 16  # images, and as many sounds, in one conversation
+CACHE_BYTES = 64 << 20  # of embeddings; an image of 1344 x 1344 pixels takes 31 MiB
+
+Float32 = npt.NDArray[np.float32]
+Progress = Callable[[int, int], bool | None]  # (crops or tokens done, in all); False cancels
+_ROLES = {IMAGE: VISION, AUDIO: AUDIO_ROLE}
+_NOUNS = {IMAGE: "images", AUDIO: "sounds"}
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInput:
+    """An image or a sound as its encoder takes it."""
+
+    kind: str
+    label: str  # such as "image 1"
+    n_tokens: int
+    digest: bytes  # of all that its embeddings depend on
+    data: Crops | Float32 | None
+    branch: Branch | None
+
+    def without_data(self) -> MediaInput:
+        """Its size alone; large images take memory."""
+        return replace(self, data=None)
+
+
+class Media:
+    """What a bundle needs for images and sounds.  Encoders are opened on first use, and kept until :meth:`release`.
+
+    bundle: None for a model file alone, which takes no media.
+
+    Raises BundleError for numbers or placeholders of the manifest that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | None,
+        hidden_size: int,
+        threads: int,
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> None:
+        self._bundle = bundle
+        self._hidden_size = hidden_size
+        self._threads = threads
+        self._encoders: dict[str, VisionEncoder | AudioEncoder] = {}
+        self._cache = _RowCache(CACHE_BYTES)
+        self._numbers: dict[str, Any] = {}
+        self.placeholders = {} if bundle is None else _placeholders(bundle, special_tokens or {})
+        self.kinds = kinds_of(bundle)
+
+    def require(self, parts: Sequence[MediaPart]) -> None:
+        """InputError for media that this model cannot take, or too many of them; nothing is opened for that."""
+        for kind, noun in _NOUNS.items():
+            n_parts = sum(part.kind == kind for part in parts)
+            if n_parts and kind not in self.kinds:
+                raise no_encoder(kind, self._bundle)
+            if n_parts > MAX_PARTS:
+                raise InputError(
+                    f"the conversation has {n_parts} {noun}, and {MAX_PARTS} are allowed", hint="begin a new one"
+                )
+
+    def read(self, part: MediaPart, branch: Branch | None, max_crops: int | None = None) -> MediaInput:
+        """Decodes an image or a sound and computes what its encoder takes.
+
+        branch: the projector for a sound.  max_crops: at most so many crops for an image; None is what the model knows.
+
+        Raises FileError, InputError, UnsupportedError, BundleError.
+        """
+        try:
+            if part.kind == IMAGE:
+                return self._read_image(part, max_crops)
+            return self._read_sound(part, branch)
+        except InputError as error:
+            named = isinstance(part.source, str | os.PathLike)
+            path, field = (os.fspath(part.source), "") if named else ("", part.field)
+            raise InputError(error.problem, path=path, field=field, hint=error.hint) from error
+
+    def _read_image(self, part: MediaPart, max_crops: int | None) -> MediaInput:
+        from phi4edge.image_processor import load_image, process_image
+
+        crops = process_image(load_image(part.source), self._image_numbers(), max_crops)
+        digest = _digest(IMAGE, crops.pixel_values, crops.patch_mask, np.array(crops.grid))
+        return MediaInput(IMAGE, part.label, crops.n_tokens, digest, crops, None)
+
+    def _read_sound(self, part: MediaPart, branch: Branch | None) -> MediaInput:
+        from phi4edge.audio_processor import load_audio, log_mels, n_tokens
+
+        features = log_mels(load_audio(part.source), self._audio_numbers())
+        return MediaInput(
+            AUDIO, part.label, n_tokens(len(features)), _digest(f"{AUDIO} {branch}", features), features, branch
+        )
+
+    def encode(self, item: MediaInput, progress: Progress | None = None) -> Float32:
+        """The embeddings, float32 [n_tokens, hidden]; from the cache if they were computed lately.
+
+        Raises FileError, BundleError, OutOfMemoryError, UnsupportedError, Cancelled.
+        """
+        rows = self._cache.get(item.digest)
+        if rows is None:
+            rows = self._encode_image(item, progress) if item.kind == IMAGE else self._encode_sound(item, progress)
+            if rows.shape != (item.n_tokens, self._hidden_size):
+                raise BundleError(
+                    f"gives {list(rows.shape)} embeddings for {item.n_tokens} tokens", path=self._path(item.kind)
+                )
+            self._cache.put(item.digest, rows)
+        return rows
+
+    def release(self) -> None:
+        """Gives the memory of the encoders and of their outputs back; they are opened again when needed."""
+        for encoder in self._encoders.values():
+            encoder.close()
+        self._encoders.clear()
+        self._cache = _RowCache(CACHE_BYTES)
+
+    def _encode_image(self, item: MediaInput, progress: Progress | None) -> Float32:
+        from phi4edge.image_processor import Crops, assemble
+
+        encoder, crops = self._vision(), item.data
+        if not isinstance(crops, Crops):
+            raise TypeError(type(crops).__name__)
+        return assemble(crops, encoder.encode(crops.pixel_values, crops.patch_mask, progress))
+
+    def _encode_sound(self, item: MediaInput, progress: Progress | None) -> Float32:
+        if not isinstance(item.data, np.ndarray) or item.branch is None:
+            raise TypeError(type(item.data).__name__)
+        return self._audio().encode(item.data, item.branch, progress)
+
+    def _vision(self) -> VisionEncoder:
+        encoder = self._encoders.get(IMAGE)
+        if not isinstance(encoder, VisionEncoder):
+            encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, threads=self._threads)
+            size = self._image_numbers().crop_size
+            if encoder.crop_size != size:
+                encoder.close()
+                raise BundleError(
+                    f"takes crops of {encoder.crop_size} pixels, and the manifest says {size}",
+                    path=encoder.path,
+                    hint="convert the checkpoint again",
+                )
+            self._encoders[IMAGE] = encoder
+        return encoder
+
+    def _audio(self) -> AudioEncoder:
+        encoder = self._encoders.get(AUDIO)
+        if not isinstance(encoder, AudioEncoder):
+            encoder = AudioEncoder(self._path(AUDIO), self._hidden_size, threads=self._threads)
+            self._encoders[AUDIO] = encoder
+        return encoder
+
+    def _path(self, kind: str) -> str:
+        return str(self._require_bundle().part(_ROLES[kind]))
+
+    def _image_numbers(self) -> ImageNumbers:
+        from phi4edge.image_processor import ImageNumbers
+
+        if IMAGE not in self._numbers:
+            bundle = self._require_bundle()
+            path = str(bundle.directory / MANIFEST)
+            self._numbers[IMAGE] = ImageNumbers.from_manifest(bundle.manifest.processors[IMAGE], path)
+        numbers: ImageNumbers = self._numbers[IMAGE]
+        return numbers
+
+    def _audio_numbers(self) -> AudioNumbers:
+        from phi4edge.audio_processor import AudioNumbers
+
+        if AUDIO not in self._numbers:
+            bundle = self._require_bundle()
+            try:
+                self._numbers[AUDIO] = AudioNumbers.from_manifest(bundle.manifest.processors[AUDIO])
+            except BundleError as error:
+                path = str(bundle.directory / MANIFEST)
+                raise BundleError(error.problem, path=path, field=error.field, hint=error.hint) from error
+        numbers: AudioNumbers = self._numbers[AUDIO]
+        return numbers
+
+    def _require_bundle(self) -> Bundle:
+        if self._bundle is None:
+            raise no_encoder(IMAGE, None)
+        return self._bundle
+
+
+class _RowCache:
+    """The latest embeddings by their digest, as many as fit into ``n_bytes``."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._room = n_bytes
+        self._rows: OrderedDict[bytes, Float32] = OrderedDict()
+
+    def get(self, digest: bytes) -> Float32 | None:
+        if digest in self._rows:
+            self._rows.move_to_end(digest)
+        return self._rows.get(digest)
+
+    def put(self, digest: bytes, rows: Float32) -> None:
+        if rows.nbytes > self._room:
+            return
+        self._rows[digest] = rows
+        while sum(each.nbytes for each in self._rows.values()) > self._room:
+            self._rows.popitem(last=False)
+
+
+def kinds_of(bundle: Bundle | None) -> frozenset[str]:
+    """ "image" and "audio", as far as a bundle has what they need; nothing for a model file alone."""
+    if bundle is None:
+        return frozenset()
+    manifest = bundle.manifest
+    roles = {part.role for part in manifest.parts}
+    tables = manifest.placeholders, manifest.processors, manifest.router
+    return frozenset(kind for kind, role in _ROLES.items() if role in roles and all(kind in table for table in tables))
+
+
+def no_encoder(kind: str, bundle: Bundle | None, *, field: str = "") -> InputError:
+    """The error for a model that cannot take images, or sounds."""
+    if bundle is None:
+        hint = "'phi4edge convert' makes a bundle of a Phi-4-multimodal checkpoint, which reads them"
+        return InputError(f"a model file alone reads text, not {_NOUNS[kind]}", field=field, hint=hint)
+    return InputError(
+        f"has no encoder for {_NOUNS[kind]}",
+        path=str(bundle.directory),
+        field=field,
+        hint="convert a Phi-4-multimodal checkpoint, with its encoders",
+    )
+
+
+def _placeholders(bundle: Bundle, special_tokens: Mapping[str, int]) -> dict[str, str]:
+    """The texts of the tokens that stand for media; BundleError when the tokenizer does not know them."""
+    path = str(bundle.directory / MANIFEST)
+    found: dict[str, str] = {}
+    for kind, text in bundle.manifest.placeholders.items():
+        field = f"placeholders.{kind:.40}"
+        if kind not in _ROLES:
+            raise BundleError(f"is not one of {', '.join(_ROLES)}", path=path, field=field)
+        if not isinstance(text, str) or text not in special_tokens or text in found.values():
+            raise BundleError(f"{text!r:.80} is not a special token of its own", path=path, field=field)
+        found[kind] = text
+    return found
+
+
+def _digest(label: str, *arrays: npt.NDArray[Any]) -> bytes:
+    digest = hashlib.blake2b(label.encode(), digest_size=32)
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()

@@ -40,7 +40,7 @@ Progress = Callable[[int, int], bool | None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a bundle.  ``details`` is for people and tools, but for "merged_adapter": requests are routed by it."""
+    """One file of a bundle.  ``details`` is for people and tools; the router alone reads "merged_adapter" in it."""
 
     role: str  # "backbone", "vision", "audio", or "adapter:" and the adapter's name
     file: str

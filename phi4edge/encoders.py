@@ -57,10 +57,12 @@ class VisionFeatures:
 class _Encoder(ABC):
     """A session of onnxruntime for a file that keeps the contract of its kind."""
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, hidden_size: int, threads: int, provider: str) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, hidden_size: int, threads: int, provider: str | None
+    ) -> None:
         if threads < 1:
             raise UsageError(f"{threads} threads cannot work", field="threads")
-        if provider not in PROVIDERS:
+        if provider is not None and provider not in PROVIDERS:
             raise UsageError(f"'{provider}' is not one of {', '.join(PROVIDERS)}", field="provider")
         self.path = os.fspath(path)
         self.hidden_size = hidden_size
@@ -69,9 +71,12 @@ class _Encoder(ABC):
             self.summary: OnnxSummary = inspect_file(file, self.path)
             self._check_metadata(kind)
             self._check_contract()
+            self._session: Any = None
+            if provider is None:
+                return
             descriptor = Path(f"/proc/self/fd/{file.fileno()}")
             source = str(descriptor) if descriptor.exists() else self.path
-            self._session: Any = self._load(source, threads, provider)
+            self._session = self._load(source, threads, provider)
             if _identity(source) != before:
                 raise BundleError("was changed while it was loaded", path=self.path, hint="try again")
 
@@ -134,7 +139,7 @@ class _Encoder(ABC):
     def _run(self, inputs: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[Float32]:
         """The outputs named in ``shapes``, which must have these shapes and be finite."""
         if self._session is None:
-            raise UsageError("the encoder is closed", path=self.path)
+            raise UsageError("the encoder is closed, or was only checked", path=self.path)
         try:
             outputs: list[Float32] = self._session.run(list(shapes), inputs)
         except Exception as error:
@@ -163,14 +168,15 @@ class _Encoder(ABC):
 class VisionEncoder(_Encoder):
     """Crops of S x S pixels to (S/28)^2 embeddings each.
 
-    hidden_size: width of the decoder.  threads: how many compute.  provider: a name in ``PROVIDERS``.
+    hidden_size: width of the decoder.  threads: how many compute.  provider: a name in ``PROVIDERS``;
+    None only checks the file, and leaves onnxruntime alone.
 
     Raises FileError, BundleError when the file is damaged, of another kind or for another decoder, OutOfMemoryError,
     UnsupportedError, UsageError.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str = "cpu"
+        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str | None = "cpu"
     ) -> None:
         super().__init__(path, "vision", hidden_size, threads, provider)
 
@@ -239,7 +245,7 @@ class AudioEncoder(_Encoder):
     """Log-mel frames of 10 ms to embeddings of 80 ms.  Parameters and errors are those of :class:`VisionEncoder`."""
 
     def __init__(
-        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str = "cpu"
+        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str | None = "cpu"
     ) -> None:
         super().__init__(path, "audio", hidden_size, threads, provider)
 

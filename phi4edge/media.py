@@ -79,6 +79,7 @@ class Media:
         self._numbers: dict[str, Any] = {}
         self.placeholders = {} if bundle is None else _placeholders(bundle, special_tokens or {})
         self.kinds = kinds_of(bundle)
+        self._check_files()
 
     def require(self, parts: Sequence[MediaPart]) -> None:
         """InputError for media that this model cannot take, or too many of them; nothing is opened for that."""
@@ -144,6 +145,24 @@ class Media:
         self._encoders.clear()
         self._cache = _RowCache(CACHE_BYTES)
 
+    def _check_files(self) -> None:
+        """An encoder of another model is found when the bundle is loaded, not when the first image comes."""
+        if IMAGE in self.kinds:
+            self._require_crop_size(VisionEncoder(self._path(IMAGE), self._hidden_size, provider=None))
+        if AUDIO in self.kinds:
+            AudioEncoder(self._path(AUDIO), self._hidden_size, provider=None)
+
+    def _require_crop_size(self, encoder: VisionEncoder) -> None:
+        entry = self._require_bundle().manifest.processors[IMAGE]
+        size = entry.get("crop_size") if isinstance(entry, Mapping) else None
+        if encoder.crop_size != size:
+            encoder.close()
+            raise BundleError(
+                f"takes crops of {encoder.crop_size} pixels, and the manifest says {size!r:.40}",
+                path=encoder.path,
+                hint="convert the checkpoint again",
+            )
+
     def _encode_image(self, item: MediaInput, progress: Progress | None) -> Float32:
         from phi4edge.image_processor import Crops, assemble
 
@@ -161,14 +180,7 @@ class Media:
         encoder = self._encoders.get(IMAGE)
         if not isinstance(encoder, VisionEncoder):
             encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, threads=self._threads)
-            size = self._image_numbers().crop_size
-            if encoder.crop_size != size:
-                encoder.close()
-                raise BundleError(
-                    f"takes crops of {encoder.crop_size} pixels, and the manifest says {size}",
-                    path=encoder.path,
-                    hint="convert the checkpoint again",
-                )
+            self._require_crop_size(encoder)
             self._encoders[IMAGE] = encoder
         return encoder
 

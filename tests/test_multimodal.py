@@ -340,6 +340,24 @@ def test_a_manifest_that_does_not_fit_its_files_is_an_error(bundle: Path, tmp_pa
             loaded.generate([ask("the cat", [picture(50, 50)])], max_tokens=1)
 
 
+@pytest.mark.parametrize("role", ["vision", "audio"])
+def test_L6_an_encoder_of_another_model_is_found_when_the_bundle_is_loaded(
+    bundle: Path, tmp_path: Path, role: str
+) -> None:
+    wider = convert(tiny_multimodal(tmp_path / "wider", hidden=128, ffn=384), tmp_path / "wider-bundle", "f32")
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    document = json.loads((copy / MANIFEST).read_text())
+    (entry,) = (part for part in document["parts"] if part["role"] == role)
+    (theirs,) = (part for part in wider.bundle.manifest.parts if part.role == role)
+    shutil.copy(wider.bundle.part(role), copy / entry["file"])
+    entry |= {"n_bytes": theirs.n_bytes, "sha256": theirs.sha256}
+    (copy / MANIFEST).write_text(json.dumps(document))
+    Bundle.open(copy).verify()
+    with pytest.raises(BundleError, match=rf"{entry['file']}: phi4edge.hidden: is '128', expected '64'"):
+        phi4edge.load(copy, context=256)
+
+
 @pytest.fixture(scope="module")
 def others(checkpoint: Path) -> dict[str, Path]:
     """Bundles without encoders, without adapters, and with one of these merged."""

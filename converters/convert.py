@@ -18,7 +18,7 @@ from phi4edge.converters.files import Progress, Written
 from phi4edge.converters.mixes import ADAPTER_TYPES, CONVERTIBLE, HEAD_TYPES, PRECISIONS
 from phi4edge.converters.processors import read_processors
 from phi4edge.converters.variants import BackboneConfig, Variant, lora_names, unused_tensors, variant_of
-from phi4edge.errors import UsageError
+from phi4edge.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.converters.adapters import Adapter
@@ -223,6 +223,13 @@ class _Planner:
             if media:
                 self.unused["encoders: left out as asked"] = media
             return []
+        for text in self._variant.placeholders.values():
+            if text not in self._backbone.vocabulary.tokens:
+                raise BundleError(
+                    f"has no token {text}, which stands for images or sounds",
+                    path=str(self._checkpoint.directory / "tokenizer.json"),
+                    hint="use the tokenizer of Phi-4-multimodal, or --encoders none",
+                )
         from phi4edge.converters.audio import build_audio, write_audio  # they import onnx, which takes a while
         from phi4edge.converters.vision import build_vision, write_vision
 

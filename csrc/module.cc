@@ -75,34 +75,53 @@ void translate_error(std::exception_ptr exception) {
 // --- The interpreter lock ---
 
 // A thread that asks for the lock when the interpreter is shutting down is ended there and then, which no C++ frame survives.
-// So at exit those that compute are told to stop, and waited for.
+// So at exit those that compute are told to stop, and then sleep until the process ends.  Only daemon threads are left by
+// then; an exception in one of them would be printed, for which Python has no means any more.
 std::atomic<bool> exiting{false};
-std::atomic<int> n_outside{0};  // threads in C++ that will ask for the lock
+std::atomic<int> n_computing{0};
+std::thread::id exiting_thread;  // valid when exiting is set
+
+[[noreturn]] void sleep_for_ever() {
+  for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+}
 
 // Gives the lock away for as long as it lives.
 class WithoutInterpreter {
+ public:
+  ~WithoutInterpreter() {
+    if (exiting && std::this_thread::get_id() != exiting_thread) {
+      --n_computing;
+      sleep_for_ever();
+    }
+  }
+
  private:
   struct Counted {
     Counted() {
-      if (exiting) throw CancelledError();
-      ++n_outside;
+      if (exiting) {
+        if (std::this_thread::get_id() == exiting_thread) throw CancelledError();
+        const py::gil_scoped_release release;
+        sleep_for_ever();
+      }
+      ++n_computing;
     }
-    ~Counted() { --n_outside; }
+    ~Counted() { --n_computing; }
   };
   Counted counted_;  // before and after the other
   py::gil_scoped_release release_;
 };
 
 void stop_all() {
+  exiting_thread = std::this_thread::get_id();
   exiting = true;  // progress functions say no from here on
   const py::gil_scoped_release release;
-  while (n_outside > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (n_computing > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 void stop_all_at_exit() {
   py::module_::import("atexit").attr("register")(py::cpp_function(&stop_all));
   // The child of a fork has none of the other threads.
-  py::module_::import("os").attr("register_at_fork")("after_in_child"_a = py::cpp_function([] { n_outside = 0; }));
+  py::module_::import("os").attr("register_at_fork")("after_in_child"_a = py::cpp_function([] { n_computing = 0; }));
 }
 
 // --- Files ---

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +77,8 @@ class Media:
         self._encoders: dict[str, VisionEncoder | AudioEncoder] = {}
         self._cache = _RowCache(CACHE_BYTES)
         self._numbers: dict[str, Any] = {}
-        self.placeholders = {} if bundle is None else _placeholders(bundle, special_tokens or {})
         self.kinds = kinds_of(bundle)
+        self.placeholders = {} if bundle is None else _placeholders(bundle, self.kinds, special_tokens or {})
         self._check_files()
 
     def require(self, parts: Sequence[MediaPart]) -> None:
@@ -266,14 +266,16 @@ def no_encoder(kind: str, bundle: Bundle | None, *, field: str = "") -> InputErr
     )
 
 
-def _placeholders(bundle: Bundle, special_tokens: Mapping[str, int]) -> dict[str, str]:
-    """The texts of the tokens that stand for media; BundleError when the tokenizer does not know them."""
+def _placeholders(bundle: Bundle, kinds: Set[str], special_tokens: Mapping[str, int]) -> dict[str, str]:
+    """The texts of the tokens that stand for these kinds; BundleError when the tokenizer does not know them."""
     path = str(bundle.directory / MANIFEST)
     found: dict[str, str] = {}
     for kind, text in bundle.manifest.placeholders.items():
         field = f"placeholders.{kind:.40}"
         if kind not in _ROLES:
             raise BundleError(f"is not one of {', '.join(_ROLES)}", path=path, field=field)
+        if kind not in kinds:
+            continue
         if not isinstance(text, str) or text not in special_tokens or text in found.values():
             raise BundleError(f"{text!r:.80} is not a special token of its own", path=path, field=field)
         found[kind] = text

@@ -96,7 +96,7 @@ def logits(model: _core.Model) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_file_is_told_in_one_line_and_the_model_goes_on(name: str, models: Path, tmp_path: Path) -> None:
+def test_L1_L2_a_wrong_file_is_told_in_one_line_and_the_model_goes_on(name: str, models: Path, tmp_path: Path) -> None:
     model = _core.Model(_core.GgufFile(tiny_gguf(models)), 2)
     before = logits(model)
     make, message = WRONG[name]
@@ -138,7 +138,7 @@ def test_a_weight_that_is_not_a_number_is_named(
         _core.Adapter(model, _core.GgufFile(path))
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_told(models: Path, tmp_path: Path) -> None:
+def test_L3_a_file_that_shrinks_after_it_was_opened_is_told(models: Path, tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a.gguf", random_pairs(tiny_gguf(models), RANK))
     file = _core.GgufFile(path)
     path.write_bytes(path.read_bytes()[:5000])

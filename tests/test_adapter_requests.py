@@ -95,7 +95,7 @@ def test_a_prefix_is_reused_only_under_the_same_adapter_and_scale(model: phi4edg
         assert tuple(tokens) == answer.tokens
 
 
-def test_a_change_while_streaming_is_for_the_next_request(model: phi4edge.Model, files: dict[str, Path]) -> None:
+def test_L3_a_change_while_streaming_is_for_the_next_request(model: phi4edge.Model, files: dict[str, Path]) -> None:
     expected = model.generate(TOKENS, max_tokens=12, adapter="red").tokens
     stream = model.stream(TOKENS, max_tokens=12, adapter="red")
     tokens = list(next(stream).tokens)
@@ -108,7 +108,7 @@ def test_a_change_while_streaming_is_for_the_next_request(model: phi4edge.Model,
     assert other == model.generate(TOKENS, max_tokens=12, adapter="blue").tokens != expected
 
 
-def test_names_are_unique_and_known(model: phi4edge.Model, files: dict[str, Path]) -> None:
+def test_L3_names_are_unique_and_known(model: phi4edge.Model, files: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="'red' is taken"):
         model.load_adapter("red", files["blue"])
     for name in ("", " ", None, 5):
@@ -132,7 +132,7 @@ def test_names_are_unique_and_known(model: phi4edge.Model, files: dict[str, Path
         model.load_adapter("green", files["red"])
 
 
-def test_sixty_four_adapters_and_one_file_under_two_names(model: phi4edge.Model, files: dict[str, Path]) -> None:
+def test_L3_sixty_four_adapters_and_one_file_under_two_names(model: phi4edge.Model, files: dict[str, Path]) -> None:
     for number in range(62):
         model.load_adapter(f"copy {number}", files["red"])
     assert len(model.adapters) == 64

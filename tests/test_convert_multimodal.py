@@ -147,6 +147,15 @@ def test_a_part_that_is_missing_or_unknown_is_an_error_before_anything_is_writte
         assert not (tmp_path / "bundle").exists()
 
 
+def test_a_tokenizer_without_the_placeholders_is_an_error(tmp_path: Path) -> None:
+    checkpoint = tiny_multimodal(tmp_path / "checkpoint")
+    tokenizer = (checkpoint / "tokenizer.json").read_text()
+    (checkpoint / "tokenizer.json").write_text(tokenizer.replace("<|endoftext11|>", "<|other|>"))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: has no token <\|endoftext11\|>"):
+        convert(checkpoint, tmp_path / "bundle", "q8_0")
+    convert(checkpoint, tmp_path / "bundle", "q8_0", encoders="none")
+
+
 def start(checkpoint: Path, bundle: Path, *options: str) -> subprocess.Popen[str]:
     command = [*COMMAND, "convert", str(checkpoint), str(bundle), "--quant", "q4_0", "--force", *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -100,13 +100,8 @@ class Conversion:
         if warning:
             output.warn(f"--threads: {warning}")
         with closing(ProgressBar("Converting", in_bytes=True)) as bar:
-
-            def show(tensor: str, done: int, total: int) -> None:
-                bar.title = tensor or "Writing"
-                bar(done, total)
-
             try:
-                return convert(source, target, **vars(options), force=force, n_threads=n_threads, progress=show)
+                return convert(source, target, **vars(options), force=force, n_threads=n_threads, progress=bar.item)
             except UsageError as error:
                 raise named_as_option(error, _OPTIONS) from None
 

@@ -21,7 +21,7 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, *, in_bytes: bool = False) -> None:
-        self.title = title
+        self.title = self._work = title
         self._in_bytes = in_bytes
         self._started = time.monotonic()
         self._enabled = output.is_terminal(sys.stderr)
@@ -38,6 +38,11 @@ class ProgressBar:
             self._task = self._progress.add_task(self.title, total=total)
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total, description=self.title)
+
+    def item(self, name: str, done: int, total: int) -> None:
+        """Progress with the name of what is worked on; without one, the bar has its first title again."""
+        self.title = name or self._work
+        self(done, total)
 
     def close(self) -> None:
         self._enabled = False

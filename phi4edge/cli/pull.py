@@ -73,9 +73,4 @@ def _download(repo: str, revision: str, directory: str | None, offline: bool) ->
     from phi4edge.converters.pull import pull as pull_checkpoint
 
     with closing(ProgressBar("Fetching", in_bytes=True)) as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.title = name or "Fetching"
-            bar(done, total)
-
-        return pull_checkpoint(repo, revision=revision, directory=directory, offline=offline, progress=show)
+        return pull_checkpoint(repo, revision=revision, directory=directory, offline=offline, progress=bar.item)

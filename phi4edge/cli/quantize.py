@@ -66,11 +66,6 @@ def quantize(
     if warning:
         output.warn(f"--threads: {warning}")
     with closing(ProgressBar("Quantizing", in_bytes=True)) as bar:
-
-        def show(tensor: str, done: int, total: int) -> None:
-            bar.title = tensor or "Writing"
-            bar(done, total)
-
         try:
             done = quantize_model(
                 model,
@@ -81,7 +76,7 @@ def quantize(
                 force=force,
                 allow_requantize=allow_requantize,
                 n_threads=n_threads,
-                progress=show,
+                progress=bar.item,
             )
         except UsageError as error:
             raise named_as_option(error, ("quant", "head")) from None

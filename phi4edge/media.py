@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +266,7 @@ def no_encoder(kind: str, bundle: Bundle | None, *, field: str = "") -> InputErr
     )
 
 
-def _placeholders(bundle: Bundle, kinds: Set[str], special_tokens: Mapping[str, int]) -> dict[str, str]:
+def _placeholders(bundle: Bundle, kinds: frozenset[str], special_tokens: Mapping[str, int]) -> dict[str, str]:
     """The texts of the tokens that stand for these kinds; BundleError when the tokenizer does not know them."""
     path = str(bundle.directory / MANIFEST)
     found: dict[str, str] = {}

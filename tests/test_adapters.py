@@ -36,6 +36,7 @@ from tiny_adapters import (
     peft_config,
     peft_model,
     set_llama_cpp_adapter,
+    take_values_of_file,
     tiny_multimodal,
     write_adapter_folder,
 )
@@ -177,9 +178,13 @@ def test_llama_cpp_loads_the_adapter_and_agrees_with_peft(
         base = peer.logits(TOKENS)
         set_llama_cpp_adapter(peer, path)
         adapted = peer.logits(TOKENS)
-    expected = log_softmax(transformers_logits(theirs, TOKENS))
-    assert divergence(expected, log_softmax(base)) > 0.5
-    assert divergence(expected, log_softmax(adapted)) <= bound
+    # Rounding to the file's type is not llama.cpp's doing: the file itself, run by PEFT, stands between the two.
+    exact = log_softmax(transformers_logits(theirs, TOKENS))
+    take_values_of_file(theirs, path)
+    rounded = log_softmax(transformers_logits(theirs, TOKENS))
+    assert divergence(exact, log_softmax(base)) > 0.5
+    assert divergence(exact, rounded) <= bound
+    assert divergence(rounded, log_softmax(adapted)) <= bound
 
 
 def log_softmax(logits: Array) -> Array:

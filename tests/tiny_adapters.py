@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from peers import LlamaCpp, require
@@ -17,7 +18,7 @@ from tiny_checkpoints import Tensors, tiny_checkpoint, write_json, write_safeten
 from tiny_models import Array, TinyShape, tiny_transformers
 
 PREFIX = "base_model.model."
-_B_GAIN = 0.12  # with an alpha of twice the rank, what is added is comparable to the weights of the tiny model
+_B_GAIN = 0.2  # with an alpha of twice the rank, what is added is about as large as the weights of the tiny model
 # The linears of a decoder layer and what they are called in GGUF.
 STEMS = {
     "self_attn.qkv_proj": "attn_qkv",
@@ -101,6 +102,21 @@ def peft_model(directory: Path, lora: Mapping[str, Any], **options: Any) -> Any:
             weights.data = torch.from_numpy(values)
     model.save_pretrained(directory)
     return model
+
+
+def take_values_of_file(model: Any, path: Path) -> None:
+    """Gives a model of :func:`peft_model` the adapter of a GGUF file, each value as the gguf package decodes it."""
+    torch, reader = require("torch"), gguf.GGUFReader(path)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    tensors = {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in reader.tensors}
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A") or not module.lora_A:
+            continue
+        a, b = (tensors.pop(gguf_name(f"{name}.lora_{matrix}")) for matrix in "AB")
+        strength = alpha / a.shape[0] / module.scaling["default"]  # the file has one alpha, PEFT one for each module
+        module.lora_A["default"].weight.data = torch.from_numpy(np.array(a, np.float32))
+        module.lora_B["default"].weight.data = torch.from_numpy(np.array(b * strength, np.float32))
+    assert not tensors
 
 
 def set_llama_cpp_adapter(peer: LlamaCpp, path: Path, scale: float = 1.0) -> None:

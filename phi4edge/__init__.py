@@ -34,7 +34,7 @@ _HOMES = {
     "GenerationConfig": "generation",
     "Piece": "generation",
     "Model": "model",
-    "Session": "model",
+    "Session": "session",
     "isas": "model",
     "load": "model",
     "inspect": "info",
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     )
     from phi4edge.generation import Generation, GenerationConfig, Piece
     from phi4edge.info import inspect
-    from phi4edge.model import Model, Session, isas, load
+    from phi4edge.model import Model, isas, load
+    from phi4edge.session import Session
 
 
 def __getattr__(name: str) -> Any:

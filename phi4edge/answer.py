@@ -15,6 +15,8 @@ from phi4edge.router import AUDIO, IMAGE, Route
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
 
+_EXPECTED = GenerationConfig().max_tokens
+
 
 class Sample(Protocol):
     """A token that was chosen, its log-probability, and the likeliest tokens with theirs."""
@@ -80,6 +82,11 @@ class Answer:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._n_given = 0  # tokens that were part of a piece
+
+    @property
+    def n_expected(self) -> int:
+        """Tokens for which to make room at once: a longer answer gets more as it comes."""
+        return min(self._n_most, _EXPECTED)
 
     def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
         """Takes one more token; the text that became certain by it, or None."""

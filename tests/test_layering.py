@@ -97,9 +97,9 @@ def test_1_pybind11_only_in_module_cc() -> None:
     assert users_of("pybind11|Python.h") == {"csrc/module.cc"}
 
 
-def test_1_core_only_in_model_info_and_converters() -> None:
+def test_1_core_only_in_model_session_info_and_converters() -> None:
     users = {user for user in importers_of("phi4edge._core") if not user.startswith("converters/")}
-    assert users <= {"phi4edge/model.py", "phi4edge/info.py"}
+    assert users <= {"phi4edge/model.py", "phi4edge/session.py", "phi4edge/info.py"}
 
 
 def test_2_intrinsics_only_in_the_files_of_their_instruction_sets() -> None:

@@ -33,7 +33,7 @@ Context = Annotated[
         "--context",
         "-c",
         metavar="TOKENS",
-        help="Room for the prompt and the answer. [default: 4096, or the model's maximum if that is less]",
+        help="Room for the prompt and the answer. [default: grows up to what the model was trained on]",
         rich_help_panel=_MACHINE,
     ),
 ]

@@ -294,9 +294,8 @@ def test_without_a_context_the_cache_grows_with_the_conversation(tmp_path: Path)
         assert second.tokens == fixed.generate(longer, max_tokens=5).tokens
         with pytest.raises(InputError, match="context holds 20000"):
             growing.generate(prompt * 5)
-    session = Session(
-        _core.Session(native_model(path), 16), native_model(path), Growth(1000, 1 << 20, lambda: 50 << 20)
-    )
+    core = _core.Model(_core.GgufFile(path), 1)
+    session = Session(_core.Session(core, 16), core, Growth(1000, 1 << 20, lambda: 50 << 20))
     session.extend(prompt[:50], logits="none")
     with pytest.raises(OutOfMemoryError, match="60 tokens needs 60 MiB of memory, but 50 MiB are available"):
         session.extend(prompt[50:60])

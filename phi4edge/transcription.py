@@ -142,7 +142,9 @@ def prompt_for(translate_to: str | None, prompt: str | None) -> str:
     """What the model is asked.  UsageError for a language it does not speak, and for two wishes at once."""
     if prompt is not None:
         if translate_to is not None:
-            raise UsageError("says what to do, and so does translate_to", field="prompt", hint="leave one of them out")
+            raise UsageError(
+                "says what to do, and so does the language to translate to", field="prompt", hint="leave one out"
+            )
         if not prompt.strip():
             raise UsageError("is empty", field="prompt")
         return prompt

@@ -168,7 +168,7 @@ def test_pieces_hold_all_words_in_order(lengths: list[tuple[int, int]], seed: in
     found = cut(words, levels)
     inside = np.zeros(position, int)
     for start, end in found:
-        assert 0 <= start and end <= position and 4 <= end - start <= LONGEST
+        assert start >= 0 and end <= position and 4 <= end - start <= LONGEST
         inside[start:end] += 1
     assert inside.max() == 1  # nothing twice
     assert all(inside[start:end].all() for start, end in words)
@@ -197,7 +197,7 @@ def test_pieces_hold_all_that_is_heard(parts: list[tuple[float, float, float]], 
 
 
 def test_levels_are_those_of_frames() -> None:
-    samples = np.concatenate([np.tile(np.float32([0.5, -0.5]), 1600), np.zeros(1635, np.float32)])
+    samples = np.concatenate([np.tile(np.array([0.5, -0.5], np.float32), 1600), np.zeros(1635, np.float32)])
     levels = frame_levels(samples)
     assert len(levels) == -(-len(samples) // FRAME)
     np.testing.assert_allclose(levels[:19], 20 * np.log10(0.5), atol=1e-4)

@@ -120,7 +120,8 @@ def transcribe(
     splitter: as for :meth:`Recording.read`.
     on_text: called with the text of a segment as it comes, before the segment.
     progress: called with (seconds done, seconds in all); what it returns is not looked at.
-    options: as for :meth:`Model.stream`: the adapter, the session, and fields of GenerationConfig.
+    options: as for :meth:`Model.stream`: the adapter, fields of GenerationConfig, and the session; by default it is the
+        model's own conversation, which starts anew with each piece.
 
     Raises what :meth:`Recording.read` and :meth:`Model.stream` raise; all but a wrong option before the first piece.
     """

@@ -21,12 +21,15 @@ __all__ = [
     "OutOfMemoryError",
     "Phi4EdgeError",
     "Piece",
+    "Recording",
+    "Segment",
     "Session",
     "UnsupportedError",
     "UsageError",
     "inspect",
     "isas",
     "load",
+    "transcribe",
 ]
 
 _HOMES = {
@@ -38,6 +41,9 @@ _HOMES = {
     "isas": "model",
     "load": "model",
     "inspect": "info",
+    "Recording": "transcription",
+    "Segment": "transcription",
+    "transcribe": "transcription",
     "Phi4EdgeError": "errors",
     "BundleError": "errors",
     "Cancelled": "errors",
@@ -63,6 +69,7 @@ if TYPE_CHECKING:
     from phi4edge.info import inspect
     from phi4edge.model import Model, isas, load
     from phi4edge.session import Session
+    from phi4edge.transcription import Recording, Segment, transcribe
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,17 @@ MAY_INCLUDE = {
 }
 
 # Python modules from the bottom up.  Those that are not named have the height of the tokenizer.
-HEIGHT = {"errors": 0, "strict_json": 0, "bundle": 1, "model": 3, "cli": 4, "server": 4, "__init__": 4, "__main__": 5}
+HEIGHT = {
+    "errors": 0,
+    "strict_json": 0,
+    "bundle": 1,
+    "model": 3,
+    "transcription": 3,
+    "cli": 4,
+    "server": 4,
+    "__init__": 4,
+    "__main__": 5,
+}
 DEFAULT_HEIGHT = 2
 
 

@@ -54,7 +54,7 @@ KINDS = (
     Kind("FLV", rb"FLV\x01", "flv", video=True),
     Kind("MPEG", rb"\0\0\x01\xba", "mpeg", video=True),
     Kind("GIF", rb"GIF8[79]a", "gif", sound=False, video=True),
-    Kind("PNG", rb"\x89PNG\r\n\x1a\n", "apng", sound=False, video=True),
+    Kind("animated PNG", rb"\x89PNG\r\n\x1a\n", "apng", sound=False, video=True),
     Kind("MPEG-TS", rb"G.{187}G", "mpegts", video=True),  # after GIF, which may begin so too
 )
 

@@ -158,7 +158,7 @@ class _Video:
             raise
         except (self.av.FFmpegError, ValueError) as error:
             self.file.raise_failure()
-            raise self.refusal(f"is a damaged {self._kind.name} file", "get the file again") from error
+            raise self.refusal(f"is damaged, or no {self._kind.name} with a video", "get the file again") from error
 
     def refusal(self, problem: str, hint: str = "") -> InputError:
         return InputError(problem, path=self.path, field="video", hint=hint)

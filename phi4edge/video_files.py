@@ -187,7 +187,7 @@ class _Video:
 
     def check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
-            raise self.refusal(f"has frames of {width} x {height} pixels")
+            raise self.refusal(f"has frames without a size, or of more than {MAX_PIXELS} pixels")  # FFmpeg hides it
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise self.refusal(
                 f"has frames of {width} x {height} pixels, more than {MAX_PIXELS} in all or {MAX_SIDE} along a side",

@@ -154,7 +154,8 @@ class _Video:
                 for index, time in enumerate(times):
                     picture, seconds = decoder.picture_at(time), float((time - timeline.times[0]) * timeline.unit)
                     yield Frame(picture, index, len(times), seconds)
-        except Phi4EdgeError:
+        except (Phi4EdgeError, MemoryError):
+            self.file.raise_failure()  # what was read may be wrong for that
             raise
         except (self.av.FFmpegError, ValueError) as error:
             self.file.raise_failure()

@@ -322,12 +322,14 @@ def test_ctrl_c_while_reading_is_not_lost(monkeypatch: pytest.MonkeyPatch, tmp_p
     noise = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), np.uint8)
     path.write_bytes(write_video(list(noise), "matroska", "ffv1"))
 
-    class Interrupted(io.FileIO):
-        def readinto(self, buffer: Any) -> int:
-            if self.tell() > 50_000:
-                raise KeyboardInterrupt
-            return super().readinto(buffer) or 0
+    for n_bytes in (100, 50_000):  # while it is opened, and later
 
-    monkeypatch.setattr(video_files, "open_regular", lambda path: Interrupted(path))
-    with pytest.raises(KeyboardInterrupt):
-        list(video_frames(path, 4))
+        class Interrupted(io.FileIO):
+            def readinto(self, buffer: Any, after: int = n_bytes) -> int:
+                if self.tell() > after:
+                    raise KeyboardInterrupt
+                return super().readinto(buffer) or 0
+
+        monkeypatch.setattr(video_files, "open_regular", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(video_frames(path, 4))

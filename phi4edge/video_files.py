@@ -213,6 +213,8 @@ class _Video:
         times, durations, keys = array("q"), array("q"), []
         stream = self.stream_of(container)
         for n_packets, packet in enumerate(self.packets(container, stream), start=1):
+            if n_packets > MAX_PACKETS:
+                raise self.refusal(f"has more than {MAX_PACKETS} frames", "cut out what matters")
             time = _shown_at(packet)
             if time is None:
                 continue
@@ -221,8 +223,6 @@ class _Video:
             if not packet.is_discard:  # cut off by the program that made the file
                 times.append(time)
                 durations.append(max(packet.duration or 0, 0))
-            if n_packets > MAX_PACKETS:
-                raise self.refusal(f"has more than {MAX_PACKETS} frames", "cut out what matters")
         if not times:
             raise self.refusal("has no frames")
         last = max(range(len(times)), key=times.__getitem__)

@@ -45,6 +45,7 @@ class Request:
     scale: float  # of the adapter
     loaded: Any  # the adapter of the route, in memory as long as this request is; None for none
     seconds: float  # that it took to get here: reading files, and bringing them into the form that encoders take
+    warnings: tuple[str, ...] = ()  # about the prompt, for people
 
 
 class Answer:
@@ -137,5 +138,5 @@ class Answer:
             adapter=route.adapter,
             adapter_scale=self.request.scale,
             merged_adapter=route.merged,
-            warnings=(route.warning,) if route.warning else (),
+            warnings=((route.warning,) if route.warning else ()) + self.request.warnings,
         )

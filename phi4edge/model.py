@@ -27,7 +27,7 @@ from phi4edge.expanded import Steps, expand, length
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.info import check_options, choose_context, context_warnings
 from phi4edge.media import Media, MediaInput
-from phi4edge.prompt import ChatTemplate, media_parts
+from phi4edge.prompt import ChatTemplate, media_parts, with_frames
 from phi4edge.router import IMAGE, TEXT, Router
 from phi4edge.session import Growth, Session, token_ids
 from phi4edge.tokenizer import Tokenizer
@@ -282,7 +282,10 @@ class Model:
         return None if name is None else self._adapters.get(name, self._adapter_reader())
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a prompt: a user's text, messages, or ids as they are.  An image or a sound is one id here."""
+        """Token ids of a prompt: a user's text, messages, or ids as they are.
+
+        An image or a sound is one id here, a video one for each frame that is asked for; none of them is read.
+        """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Mapping):
@@ -348,14 +351,17 @@ class Model:
 
         prompt: one user message, messages for the chat template, or token ids.  Where ``modalities`` allows it, the
             content of a message may be a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``
-            (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]) and ``{"type": "audio",
-            "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz).
+            (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]), ``{"type": "audio",
+            "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz) and ``{"type": "video",
+            "video": ..., "frames": 8}`` (a path, or the bytes of a file), of which so many frames are taken as images,
+            evenly over its duration; its sound is not heard.
         progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
             that is encoded count twice.
         adapter: one of ``adapters``, for the prompt and the answer; None is the one that the bundle has for what the
             prompt holds: none for text.
         adapter_scale: multiplies what the adapter adds; any finite number.
-        max_crops: of each image, at most what the model was made for; fewer take less time, and show less.
+        max_crops: of each image, and of all frames of a video together, at most what the model was made for; fewer take
+            less time, and show less.
         session: of this model; None is its own one.
         overrides: fields of GenerationConfig.
         What the prompt has in common with the one before is not computed again if the adapter and scale are the same.
@@ -387,24 +393,21 @@ class Model:
         messages: Any = prompt
         parts = [] if isinstance(prompt, str) or not _is_chat(prompt) else media_parts(messages)
         self._media.require(parts)
-        route = self._router.route({part.kind for part in parts}, adapters=self.adapters, override=adapter)
-        items: list[MediaInput] = []
-        n_tokens = len(tokens)
-        for part in parts:
-            item = self._media.read(part, route.audio_branch, max_crops)
-            n_tokens += item.n_tokens - 1
-            items.append(item if n_tokens < self.context else item.without_data())  # this will not be encoded
-        expanded = expand(tokens, self._placeholders, items)
+        route = self._router.route({part.placeholder for part in parts}, adapters=self.adapters, override=adapter)
+        room = self.context - len(tokens) + sum(part.n_items for part in parts)
+        read = self._media.read_all(parts, route.audio_branch, max_crops, room)
+        if read.n_frames:
+            tokens = self.encode(with_frames(messages, read.n_frames))
+        expanded = expand(tokens, self._placeholders, read.items)
         if len(expanded.keys) >= self.context:
-            sizes = "".join(f", {item.label} takes {item.n_tokens}" for item in items)
-            fewer = " or its images, allow fewer crops" if any(item.kind == IMAGE for item in items) else ""
+            fewer = " or its images, allow fewer crops" if any(item.kind == IMAGE for item in read.items) else ""
             raise InputError(
                 f"the prompt has {len(expanded.keys)} tokens and the context holds {self.context}, the answer included"
-                + sizes,
+                + read.sizes,
                 hint=f"shorten the prompt{fewer}, or load the model with a larger context",
             )
         loaded = self._adapter(route.adapter)
-        return Request(expanded, route, checked_scale(scale), loaded, time.perf_counter() - started)
+        return Request(expanded, route, checked_scale(scale), loaded, time.perf_counter() - started, read.warnings)
 
     def _sampler(self, config: GenerationConfig) -> _core.Sampler:
         options = _core.SamplerOptions(

@@ -24,6 +24,7 @@ __all__ = [
     "Session",
     "UnsupportedError",
     "UsageError",
+    "encoder_providers",
     "inspect",
     "isas",
     "load",
@@ -35,6 +36,7 @@ _HOMES = {
     "Piece": "generation",
     "Model": "model",
     "Session": "model",
+    "encoder_providers": "encoders",
     "isas": "model",
     "load": "model",
     "inspect": "info",
@@ -49,6 +51,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from phi4edge.encoders import encoder_providers
     from phi4edge.errors import (
         BundleError,
         Cancelled,

@@ -46,6 +46,7 @@ def load(
     threads: int | None = None,
     kv_type: str = "f16",
     isa: str = "",
+    provider: str = "auto",
     check_memory: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -55,6 +56,7 @@ def load(
     threads: None takes the physical cores that this process may use.
     kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
+    provider: what runs the encoders of images and sounds: ``"auto"``, ``"cpu"``, or another of ``encoder_providers()``.
     progress: called with (bytes done, bytes in all).
 
     Raises FileError, BundleError, OutOfMemoryError (before anything large is allocated), UnsupportedError, UsageError,
@@ -69,7 +71,10 @@ def load(
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
-    media = Media(bundle, config.hidden_size, n_threads, tokenizer.special_tokens)
+    free_memory = _core.available_memory if check_memory else None
+    media = Media(
+        bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
+    )
     template = _template(metadata, tokenizer, media.placeholders, os.fspath(path))
     n_context = choose_context(config, context)
     if check_memory:
@@ -513,6 +518,7 @@ class Model:
         n_cached = session.reuse(prompt.keys, prompt.ends)
         steps = Steps(progress, prompt, len(session))
         logits = None
+        runs = None if answer is None else answer.encoder_runs
         encoder_seconds = 0.0
         begin = 0
         for piece in prompt.pieces:
@@ -524,7 +530,7 @@ class Model:
             which = "last" if end == len(prompt.keys) else "none"
             if isinstance(piece, MediaInput):
                 started = time.perf_counter()
-                rows = self._media.encode(piece, steps.next(piece.n_tokens))
+                rows = self._media.encode(piece, steps.next(piece.n_tokens), runs)
                 encoder_seconds += time.perf_counter() - started
                 keys = prompt.keys[end - piece.n_tokens + n_kept : end]
                 logits = session.extend_embeddings(rows[n_kept:], keys, which, steps.next(len(keys)))

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from phi4edge import machine
 from phi4edge.errors import BundleError, Cancelled, InputError, OutOfMemoryError, UnsupportedError, UsageError
 from phi4edge.onnx_file import OnnxSummary, TensorInfo, inspect_file, open_onnx
-from phi4edge.providers import AUTO, CPU, PROVIDERS, check_name, choose, installed
+from phi4edge.providers import AUTO, CPU, PROVIDERS, check_name, choose, installed, memory_need
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,10 +40,7 @@ N_MELS = 80
 FRAMES_PER_TOKEN = 8
 WINDOW = 500  # tokens that the audio encoder sees at once: 40 s
 
-# Memory that opening and running an encoder takes, in sizes of its file, by precision.  In benchmarks/records/
-# encoders.jsonl the peaks for vision and audio, less 60 MB of Python, are 1.1 and 1.45 times the file for fp32, 2.4 and
-# 2.5 times for int8, and 3.1 times for fp16, whose matrices become float32.
-_PEAKS = {"fp32": 1.5, "int8": 2.5, "fp16": 3.2}
+_HINT = "close other programs, or use int8 encoders"  # when memory is short
 
 Branch = Literal["speech", "vision"]
 BRANCHES: tuple[Branch, ...] = ("speech", "vision")
@@ -118,6 +116,7 @@ class _Encoder(ABC):
     def close(self) -> None:
         """Releases the weights.  A closed encoder cannot be used again."""
         self._session = None
+        machine.return_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -155,34 +154,39 @@ class _Encoder(ABC):
         """Makes the session, on the provider as far as it can."""
         onnxruntime = _onnxruntime()
         provider = choose(provider, onnxruntime.get_available_providers())
-        self._require_memory(os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
         descriptor = Path(f"/proc/self/fd/{file.fileno()}")
         source = str(descriptor) if descriptor.exists() else self.path
         if provider != CPU:
             onnxruntime.set_default_logger_severity(4)  # of what a provider writes to stderr while it starts
             try:
+                self._require_memory(size, provider)
                 self._session = self._load(onnxruntime, source, provider)
-            except BundleError as error:
-                self._warn(f"{error.problem} with {provider}, so the CPU runs it")
+            except (BundleError, OutOfMemoryError) as error:
+                self._warn(f"{provider}: {error.problem}, so the CPU runs it")
                 provider = CPU
             else:
                 provider = self._kept(provider)
         if self._session is None:
+            self._require_memory(size, CPU)
             self._session = self._load(onnxruntime, source, CPU)
+        machine.return_memory()  # loading takes more than it keeps
         self.provider = provider
         if _identity(source) != self._opened:
             self.close()
             raise BundleError("was changed while it was loaded", path=self.path, hint="try again")
 
-    def _require_memory(self, size: int) -> None:
+    def _require_memory(self, size: int, provider: str) -> None:
         """OutOfMemoryError for what the system would otherwise kill us for."""
-        factor = _PEAKS.get(self.summary.metadata.get("phi4edge.precision", ""), max(_PEAKS.values()))
-        need, free = int(factor * size), None if self._free_memory is None else self._free_memory()
-        if free is not None and need > free:
+        if self._free_memory is None:
+            return
+        need = memory_need(provider, size, self.summary.metadata.get("phi4edge.precision", ""))
+        free = self._free_memory()
+        if need > free:
             raise OutOfMemoryError(
-                f"this encoder needs about {_size_text(need)}, and {_size_text(free)} are available",
+                f"needs about {_size_text(need)}, but {_size_text(free)} are available",
                 path=self.path,
-                hint="close other programs, or use int8 encoders",
+                hint=_HINT,
             )
 
     def _load(self, onnxruntime: Any, source: str, provider: str) -> Any:
@@ -246,11 +250,11 @@ class _Encoder(ABC):
             raise UsageError("the encoder is closed, or was only checked", path=self.path)
         try:
             return self._outputs(inputs, shapes)
-        except BundleError as error:
+        except (BundleError, OutOfMemoryError) as error:
             if self.provider == CPU:
                 raise
             field = f"{error.field} " if error.field else ""
-            self._warn(f"{field}{error.problem} with {self.provider}, so the CPU runs it")
+            self._warn(f"{self.provider}: {field}{error.problem}, so the CPU runs it")
         self.close()
         with open_onnx(self.path) as file:
             self._open(file, CPU)
@@ -273,7 +277,9 @@ class _Encoder(ABC):
         # onnxruntime has no exception type of its own for this.
         if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
             raise OutOfMemoryError(
-                "not enough memory for this encoder", path=self.path, hint="close other programs, or use int8 encoders"
+                "there is not enough memory for this encoder",
+                path=self.path,
+                hint=_HINT,
             ) from error
         name = type(error).__name__
         raise BundleError(f"{problem} ({name})", path=self.path, hint="convert the checkpoint again") from error

@@ -23,7 +23,8 @@ class Provider:
     """One way to run a graph.
 
     options: for onnxruntime; ``{threads}`` stands for the number of threads.  automatic: whether ``auto`` may choose
-    it.  session: more configuration of the session.
+    it.  session: more configuration of the session.  peaks: memory that opening and running an encoder takes, in sizes
+    of its file, by precision; None where we do not know.
     """
 
     name: str  # onnxruntime's
@@ -31,7 +32,14 @@ class Provider:
     options: Mapping[str, str] = field(default_factory=dict)
     automatic: bool = False
     session: Mapping[str, str] = field(default_factory=dict)
+    peaks: Mapping[str, float] | None = None
 
+
+# In benchmarks/records/encoders.jsonl the peaks for vision and audio, less 60 MB of Python, are 1.1 and 1.45 times the
+# file for fp32, 2.4 and 2.5 times for int8, and 3.1 times for fp16, whose matrices become float32.
+_CPU_PEAKS = {"fp32": 1.5, "int8": 2.5, "fp16": 3.2}
+# Seen with 1.24.1 and encoders of 50 to 340 MB: OpenVINO keeps several copies, and many more of 8-bit matrices.
+_OPENVINO_PEAKS = {"fp32": 5.0, "int8": 20.0, "fp16": 10.0}
 
 # "auto" takes the first that is there and automatic.  Nobody should get other embeddings because a package is there:
 # NPUs compute in float16 or 8 bits, and what runs on processors rounds int8 encoders otherwise than "cpu" does, takes
@@ -42,6 +50,7 @@ PROVIDERS: Mapping[str, Provider] = {
         "OpenVINOExecutionProvider",
         "install onnxruntime-openvino in place of onnxruntime",
         {"device_type": "CPU", "precision": "FP32", "num_of_threads": "{threads}"},
+        peaks=_OPENVINO_PEAKS,
     ),
     # All or nothing: where onnxruntime may fall back to the CPU, OpenVINO does too, which cannot be seen from outside.
     "openvino-npu": Provider(
@@ -49,6 +58,7 @@ PROVIDERS: Mapping[str, Provider] = {
         "install onnxruntime-openvino in place of onnxruntime",
         {"device_type": "NPU"},
         session={"session.disable_cpu_ep_fallback": "1"},
+        peaks=_OPENVINO_PEAKS,
     ),
     "qnn": Provider(
         "QNNExecutionProvider", "install 'onnxruntime-qnn<2' in place of onnxruntime", {"backend_type": "htp"}
@@ -65,7 +75,7 @@ PROVIDERS: Mapping[str, Provider] = {
     "rknpu": Provider("RknpuExecutionProvider", _BUILD),
     "xnnpack": Provider("XnnpackExecutionProvider", _BUILD, {"intra_op_num_threads": "{threads}"}),
     "dnnl": Provider("DnnlExecutionProvider", _BUILD),
-    CPU: Provider("CPUExecutionProvider", "install onnxruntime", automatic=True),
+    CPU: Provider("CPUExecutionProvider", "install onnxruntime", automatic=True, peaks=_CPU_PEAKS),
 }
 
 
@@ -96,3 +106,9 @@ def choose(name: str, available: Collection[str]) -> str:
             hint=PROVIDERS[name].hint,
         )
     return name
+
+
+def memory_need(name: str, file_size: int, precision: str) -> int:
+    """Bytes that an encoder of this size takes on a provider; for an unknown precision the most of all."""
+    peaks = PROVIDERS[name].peaks or _CPU_PEAKS
+    return int(file_size * peaks.get(precision, max(peaks.values())))

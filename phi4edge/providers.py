@@ -81,7 +81,7 @@ PROVIDERS: Mapping[str, Provider] = {
 
 def check_name(name: str) -> None:
     """UsageError for what is neither "auto" nor in the table."""
-    if name != AUTO and name not in PROVIDERS:
+    if not isinstance(name, str) or (name != AUTO and name not in PROVIDERS):
         raise UsageError(f"{name!r:.80} is not one of {', '.join((AUTO, *PROVIDERS))}", field="provider")
 
 

@@ -102,8 +102,10 @@ def test_a_model_file_alone_needs_no_provider(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path)
     with phi4edge.load(path, provider=MISSING) as model:
         assert model.generate("the", max_tokens=1).encoders == {}
-    with pytest.raises(UsageError, match="abacus"):
-        phi4edge.load(path, provider="abacus")
+    wrong: Any
+    for wrong in ("abacus", "", "CPU", None, ["cpu"]):
+        with pytest.raises(UsageError, match="is not one of auto"):
+            phi4edge.load(path, provider=wrong)
 
 
 def test_the_answer_tells_what_ran_its_encoders(bundles: dict[str, Path]) -> None:

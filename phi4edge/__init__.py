@@ -26,6 +26,7 @@ __all__ = [
     "Session",
     "UnsupportedError",
     "UsageError",
+    "encoder_providers",
     "inspect",
     "isas",
     "load",
@@ -38,6 +39,7 @@ _HOMES = {
     "Piece": "generation",
     "Model": "model",
     "Session": "session",
+    "encoder_providers": "encoders",
     "isas": "model",
     "load": "model",
     "inspect": "info",
@@ -55,6 +57,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from phi4edge.encoders import encoder_providers
     from phi4edge.errors import (
         BundleError,
         Cancelled,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from phi4edge.expanded import Expanded
 from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
+from phi4edge.media import EncoderRun
 from phi4edge.router import AUDIO, IMAGE, Route
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
@@ -75,6 +76,7 @@ class Answer:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
+        self.encoder_runs: dict[str, EncoderRun] = {}
         self.encoder_seconds = 0.0
         self.prefill_seconds = 0.0
         self.first_token_seconds = 0.0
@@ -138,5 +140,10 @@ class Answer:
             adapter=route.adapter,
             adapter_scale=self.request.scale,
             merged_adapter=route.merged,
-            warnings=((route.warning,) if route.warning else ()) + self.request.warnings,
+            encoders={role: run.provider for role, run in self.encoder_runs.items()},
+            warnings=(
+                *([route.warning] if route.warning else []),
+                *self.request.warnings,
+                *(warning for run in self.encoder_runs.values() for warning in run.warnings),
+            ),
         )

@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from phi4edge.bundle import AUDIO as AUDIO_ROLE
 from phi4edge.bundle import MANIFEST, VISION, Bundle
-from phi4edge.encoders import AudioEncoder, Branch, VisionEncoder
+from phi4edge.encoders import AudioEncoder, Branch, FreeMemory, VisionEncoder, check_provider
 from phi4edge.errors import BundleError, InputError
 from phi4edge.prompt import MAX_FRAMES, MediaPart
+from phi4edge.providers import AUTO, check_name
 from phi4edge.router import AUDIO, IMAGE
 
 if TYPE_CHECKING:
@@ -75,12 +76,22 @@ class MediaInputs:
         return "".join(f", {label} takes {total}" for label, total in totals.items())
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderRun:
+    """What ran an encoder, and what there is to tell about it."""
+
+    provider: str
+    warnings: tuple[str, ...]
+
+
 class Media:
     """What a bundle needs for images and sounds.  Encoders are opened on first use, and kept until :meth:`release`.
 
-    bundle: None for a model file alone, which takes no media.
+    bundle: None for a model file alone, which takes no media.  provider: what runs the encoders, "auto" or a name in
+    ``providers.PROVIDERS``.  free_memory: tells how many bytes there are for an encoder; None is enough.
 
-    Raises BundleError for numbers or placeholders of the manifest that cannot be meant.
+    Raises BundleError for numbers or placeholders of the manifest that cannot be meant, UsageError and UnsupportedError
+    for a provider.
     """
 
     def __init__(
@@ -89,15 +100,22 @@ class Media:
         hidden_size: int,
         threads: int,
         special_tokens: Mapping[str, int] | None = None,
+        *,
+        provider: str = AUTO,
+        free_memory: FreeMemory | None = None,
     ) -> None:
         self._bundle = bundle
         self._hidden_size = hidden_size
-        self._threads = threads
+        self._options: dict[str, Any] = {"threads": threads, "provider": provider, "free_memory": free_memory}
         self._encoders: dict[str, VisionEncoder | AudioEncoder] = {}
         self._cache = _RowCache(CACHE_BYTES)
         self._numbers: dict[str, Any] = {}
         self.kinds = kinds_of(bundle)
         self.placeholders = {} if bundle is None else _placeholders(bundle, self.kinds, special_tokens or {})
+        if self.kinds:
+            check_provider(provider)
+        else:
+            check_name(provider)
         self._check_files()
 
     def require(self, parts: Sequence[MediaPart]) -> None:
@@ -178,8 +196,12 @@ class Media:
             AUDIO, part.label, n_tokens(len(features)), _digest(f"{AUDIO} {branch}", features), features, branch
         )
 
-    def encode(self, item: MediaInput, progress: Progress | None = None) -> Float32:
+    def encode(
+        self, item: MediaInput, progress: Progress | None = None, runs: dict[str, EncoderRun] | None = None
+    ) -> Float32:
         """The embeddings, float32 [n_tokens, hidden]; from the cache if they were computed lately.
+
+        runs: gets an entry, by the encoder's role in the bundle, when one had to run.
 
         Raises FileError, BundleError, OutOfMemoryError, UnsupportedError, Cancelled.
         """
@@ -191,7 +213,13 @@ class Media:
                     f"gives {list(rows.shape)} embeddings for {item.n_tokens} tokens", path=self._path(item.kind)
                 )
             self._cache.put(item.digest, rows)
+            if runs is not None:
+                runs[_ROLES[item.kind]] = self._run_of(item.kind)
         return rows
+
+    def _run_of(self, kind: str) -> EncoderRun:
+        encoder = self._encoders[kind]
+        return EncoderRun(encoder.provider or AUTO, encoder.warnings)
 
     def release(self) -> None:
         """Gives the memory of the encoders and of their outputs back; they are opened again when needed."""
@@ -233,16 +261,16 @@ class Media:
 
     def _vision(self) -> VisionEncoder:
         encoder = self._encoders.get(IMAGE)
-        if not isinstance(encoder, VisionEncoder):
-            encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, threads=self._threads)
+        if not isinstance(encoder, VisionEncoder) or not encoder.is_open:
+            encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, **self._options)
             self._require_crop_size(encoder)
             self._encoders[IMAGE] = encoder
         return encoder
 
     def _audio(self) -> AudioEncoder:
         encoder = self._encoders.get(AUDIO)
-        if not isinstance(encoder, AudioEncoder):
-            encoder = AudioEncoder(self._path(AUDIO), self._hidden_size, threads=self._threads)
+        if not isinstance(encoder, AudioEncoder) or not encoder.is_open:
+            encoder = AudioEncoder(self._path(AUDIO), self._hidden_size, **self._options)
             self._encoders[AUDIO] = encoder
         return encoder
 

@@ -47,6 +47,7 @@ def load(
     threads: int | None = None,
     kv_type: str = "f16",
     isa: str = "",
+    provider: str = "auto",
     check_memory: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -57,6 +58,7 @@ def load(
     threads: None takes the physical cores that this process may use.
     kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
+    provider: what runs the encoders of images and sounds: ``"auto"``, ``"cpu"``, or another of ``encoder_providers()``.
     progress: called with (bytes done, bytes in all).
 
     Raises FileError, BundleError, OutOfMemoryError (before anything large is allocated), UnsupportedError, UsageError,
@@ -71,7 +73,10 @@ def load(
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
-    media = Media(bundle, config.hidden_size, n_threads, tokenizer.special_tokens)
+    free_memory = _core.available_memory if check_memory else None
+    media = Media(
+        bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
+    )
     template = _template(metadata, tokenizer, media.placeholders, os.fspath(path))
     n_context = choose_context(config, context)  # to begin with
     if check_memory:
@@ -453,6 +458,7 @@ class Model:
         n_cached = session.reuse(prompt.keys)
         session.reserve(len(prompt.keys) + n_answer)
         steps = Steps(progress, prompt, len(session), n_cached)
+        runs = None if answer is None else answer.encoder_runs
         encoder_seconds = 0.0
         begin = 0
         for piece in prompt.pieces:
@@ -461,7 +467,7 @@ class Model:
             is_last = end == len(prompt.keys)
             if isinstance(piece, MediaInput) and len(session) < end:
                 started = time.perf_counter()
-                rows = self._media.encode(piece, steps.encoder(piece))[n_kept:]
+                rows = self._media.encode(piece, steps.encoder(piece), runs)[n_kept:]
                 encoder_seconds += time.perf_counter() - started
                 keys = prompt.keys[begin + n_kept : end]
                 if is_last:

@@ -79,6 +79,14 @@ class Runtime:
             show_default=False,
         ),
     ] = ""
+    provider: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the encoders of images and sounds: auto, or one that 'phi4edge version' lists.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True)

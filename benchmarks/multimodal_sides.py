@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,19 +213,24 @@ class Transformers:
     """
 
     def __init__(self, checkpoint: str, *, threads: int) -> None:
+        import peft
         import torch
         import transformers
 
         self._torch = torch
         torch.set_num_threads(threads)
         kind: Any = transformers.Phi4MultimodalForCausalLM
-        self._model = kind.from_pretrained(checkpoint, dtype=torch.bfloat16, attn_implementation="eager")
-        for adapter in ("vision", "speech"):
-            self._model.load_adapter(str(Path(checkpoint) / f"{adapter}-lora"), adapter_name=adapter)
-        self._model.to(torch.bfloat16).eval()  # PEFT keeps adapters in float32 otherwise
-        self._encoder = Stopwatch(self._model.model.embed_tokens_extend)
+        base = kind.from_pretrained(checkpoint, dtype=torch.bfloat16, attn_implementation="eager")
+        vision, speech = (str(Path(checkpoint) / f"{adapter}-lora") for adapter in ("vision", "speech"))
+        # PEFT itself, since transformers' own way in asks for a newer one.  By default adapters would become float32; a
+        # cast of the whole model afterwards would round the frequencies of RoPE, too.
+        model = peft.PeftModel.from_pretrained(base, vision, adapter_name="vision", autocast_adapter_dtype=False)
+        model.load_adapter(speech, adapter_name="speech", autocast_adapter_dtype=False)
+        self._model: Any = model.eval()
+        self._encoder = Stopwatch(base.model.embed_tokens_extend)
         self.about = {
-            "system": f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16",
+            "system": ", ".join(f"{each.__name__} {each.__version__}" for each in (transformers, torch, peft))
+            + ", bfloat16",
             "isa": torch.backends.cpu.get_cpu_capability(),
         }
 
@@ -234,9 +240,8 @@ class Transformers:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         inputs = self._inputs(arrays)
-        self._route("vision" if "pixels" in arrays else "speech" if "features" in arrays else None)
         self._encoder.seconds = 0.0
-        with torch.inference_mode():
+        with torch.inference_mode(), self._adapter(arrays):
             started = time.perf_counter()
             out = self._model(use_cache=True, logits_to_keep=1, **inputs)
             first_token = time.perf_counter() - started
@@ -268,12 +273,13 @@ class Transformers:
             inputs["audio_embed_sizes"] = torch.tensor([-(-len(arrays["features"]) // 8)])
         return inputs
 
-    def _route(self, adapter: str | None) -> None:
-        if adapter is None:
-            self._model.disable_adapters()
-        else:
-            self._model.enable_adapters()  # without it, set_adapter leaves them off
-            self._model.set_adapter(adapter)
+    def _adapter(self, arrays: Collection[str]) -> AbstractContextManager[Any]:
+        """Uses the adapter that a request needs."""
+        if "pixels" not in arrays and "features" not in arrays:
+            off: AbstractContextManager[Any] = self._model.disable_adapter()
+            return off
+        self._model.set_adapter("vision" if "pixels" in arrays else "speech")
+        return nullcontext()
 
 
 class Stopwatch:

@@ -73,8 +73,9 @@ def compare_requests(options: argparse.Namespace) -> list[Results]:
     for case in options.requests:
         worker = Worker("phi4edge", bundle=str(options.bundle), **side)
         ours = ours or Results(worker.about)
-        say(f"{case}: a process of its own")
+        say(f"{case}: a process of its own, loaded in {worker.about['load']:.1f} s")
         answer = worker.ask("run", request=asdict(REQUESTS[case]), seed=0, n_decode=options.n_decode)
+        say_answer(answer)
         worker.close()
         ours.add(case, "load", "s", worker.about["load"])
         ours.add(case, "cold first token", "s", answer["first token"])
@@ -108,10 +109,11 @@ def answer_warm(
         else:
             worker.ask("save", request=request, seed=0, path=str(saved(folder, case)))
     for seed in range(1, n_rounds + 1):
-        say(f"phi4edge, round {seed} of {n_rounds}")
         for case in options.requests:
+            say(f"phi4edge, round {seed} of {n_rounds}: {case}")
             time.sleep(REST_SECONDS)
             answer = worker.ask("run", request=asdict(REQUESTS[case]), seed=seed, n_decode=options.n_decode)
+            say_answer(answer)
             add_times(results, case, answer, options.n_decode)
     worker.close()
 
@@ -126,6 +128,7 @@ def answer_with_transformers(options: argparse.Namespace, folder: Path) -> Resul
         for case in options.requests:
             say(f"transformers, round {number} of {options.peer_rounds}: {case}")
             answer = worker.ask("run", path=str(saved(folder, case)), n_decode=options.n_decode)
+            say_answer(answer)
             add_times(results, case, answer, options.n_decode)
             add_peak(results, case, worker, answer)
             results.add(case, "likeness", "", answer["likeness"])
@@ -228,6 +231,10 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def say_answer(answer: Mapping[str, float]) -> None:
+    say(f"  first token after {answer['first token']:.1f} s, peak memory {answer['peak'] / 1e9:.2f} GB")
+
+
 COLUMNS = {  # quantity -> title, scale, digits
     "prompt": ("tokens", 1.0, 0),
     "processor": ("processor/s", 1.0, 3),
@@ -300,7 +307,7 @@ def parse() -> argparse.Namespace:
     requests.add_argument("bundle", type=Path)
     requests.add_argument("--checkpoint", type=Path, help="compare with transformers, on this checkpoint")
     requests.add_argument("--requests", nargs="+", choices=REQUESTS, default=list(REQUESTS))
-    requests.add_argument("-r", "--rounds", type=int, default=4)
+    requests.add_argument("-r", "--rounds", type=int, default=4, help="0: peak memory alone")
     requests.add_argument("--peer-rounds", type=int, default=2)
     requests.set_defaults(run=compare_requests)
     adapters = commands.add_parser("adapters", parents=[common], help="a switchable adapter against a merged one")

@@ -24,6 +24,7 @@ from phi4edge.bundle import AUDIO as AUDIO_ROLE
 from phi4edge.bundle import MANIFEST, VISION, Bundle
 from phi4edge.encoders import AudioEncoder, Branch, VisionEncoder
 from phi4edge.errors import BundleError, InputError
+from phi4edge.media_source import check_total, is_path
 from phi4edge.prompt import MediaPart
 from phi4edge.router import AUDIO, IMAGE
 
@@ -91,6 +92,7 @@ class Media:
                 raise InputError(
                     f"the conversation has {n_parts} {noun}, and {MAX_PARTS} are allowed", hint="begin a new one"
                 )
+        check_total(parts)
 
     def read(self, part: MediaPart, branch: Branch | None, max_crops: int | None = None) -> MediaInput:
         """Decodes an image or a sound and computes what its encoder takes.
@@ -104,8 +106,7 @@ class Media:
                 return self._read_image(part, max_crops)
             return self._read_sound(part, branch)
         except InputError as error:
-            named = isinstance(part.source, str | os.PathLike)
-            path, field = (os.fspath(part.source), "") if named else ("", part.field)
+            path, field = (os.fspath(part.source), "") if is_path(part.source) else ("", part.field)
             raise InputError(error.problem, path=path, field=field, hint=error.hint) from error
 
     def _read_image(self, part: MediaPart, max_crops: int | None) -> MediaInput:

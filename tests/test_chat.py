@@ -16,6 +16,8 @@ import pytest
 from processes import ENDLESSLY, PROMPT, Terminal, endless_gguf, is_one_error_line, run
 from tiny_models import tiny_gguf
 
+ANSWERING = r"\x1b\[\?2004l[^\x1b]{20}"  # the line editor has left, and an answer comes
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -156,13 +158,11 @@ def test_chat_does_not_mix_keys_into_an_answer(open_terminal: Callable[..., Term
     terminal = open_terminal("chat", endless_gguf(tmp_path), *ENDLESSLY)
     terminal.expect(PROMPT)
     terminal.type("the cat\r")
-    terminal.expect(r"the cat\W+\w+")
+    terminal.expect(ANSWERING)
     terminal.type("QQQ ZZZ")
-    time.sleep(1)
-    terminal.expect(r"\w+")
-    assert "Q" not in terminal.shown and "Z" not in terminal.shown
-    terminal.type("\x03")
-    terminal.expect(PROMPT)
+    time.sleep(0.5)
+    terminal.type("\x03")  # discards them, too
+    terminal.expect(rf"(?s)\A(?!.*QQQ ZZZ).*{PROMPT}")
     terminal.type("\x04")
     assert terminal.wait() == 0
 
@@ -170,10 +170,10 @@ def test_chat_does_not_mix_keys_into_an_answer(open_terminal: Callable[..., Term
 def test_chat_keeps_what_is_typed_during_an_answer_for_the_next_message(
     open_terminal: Callable[..., Terminal], tmp_path: Path
 ) -> None:
-    terminal = open_terminal("chat", endless_gguf(tmp_path), "-n", "2000", "--context", "4096")
+    terminal = open_terminal("chat", endless_gguf(tmp_path), "-n", "200", "--context", "4096")
     terminal.expect(PROMPT)
     terminal.type("the cat\r")
-    terminal.expect(r"the cat\W+\w+")
+    terminal.expect(ANSWERING)
     terminal.type("QQQ ZZZ")
     terminal.expect(PROMPT)
     terminal.expect("QQQ ZZZ")
@@ -189,7 +189,7 @@ def test_chat_restores_the_terminal_when_an_answer_is_ended(
     terminal = open_terminal("chat", endless_gguf(tmp_path), *ENDLESSLY)
     terminal.expect(PROMPT)
     terminal.type("the cat\r")
-    terminal.expect(r"the cat\W+\w+")
+    terminal.expect(ANSWERING)
     assert not termios.tcgetattr(terminal.slave)[3] & termios.ECHO
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 143

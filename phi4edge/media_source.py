@@ -1,4 +1,4 @@
-"""Where an image or a sound comes from: a path, bytes, or a data URL.  Nothing is ever fetched.
+"""Where an image, a sound or a video comes from: a path, bytes, or a data URL.  Nothing is ever fetched.
 
 >>> data_of("data:image/gif;base64,R0lGODlh", "image")
 b'GIF89a'
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 MAX_DATA_BYTES: Final = 64 << 20  # that a data URL may hold
 # Kind -> bytes that all files of a request may have, known before any of them is read.  Images are read as a whole;
-# sounds block by block: this is two hours of 24 bits in stereo at 48 kHz.
-MAX_TOTAL_BYTES: Final = {"image": 128 << 20, "audio": 2 << 30}
+# the others block by block: of sounds, this is two hours of 24 bits in stereo at 48 kHz.
+MAX_TOTAL_BYTES: Final = {"image": 128 << 20, "audio": 2 << 30, "video": 8 << 30}
 
-_NOUNS: Final = {"image": "images", "audio": "sounds"}
+_NOUNS: Final = {"image": "images", "audio": "sounds", "video": "videos"}
 _URL: Final = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # C:\ and C:// are drives
 _LONGEST_HEADER: Final = 256  # characters of a data URL before its comma
 _HINT: Final = "give a path, bytes or a data URL"
@@ -41,7 +41,7 @@ def is_path(source: Any) -> bool:
 def data_of(source: Any, kind: str) -> bytes | None:
     """What a data URL holds; None for all that is no URL.
 
-    kind: "image" or "audio", with which the type in the URL has to begin.
+    kind: "image", "audio" or "video", with which the type in the URL has to begin.
 
     Raises InputError for other URLs, and for a data URL that is not base64, of another type, or too large.
     """

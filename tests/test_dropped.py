@@ -12,12 +12,21 @@ import pytest
 
 from phi4edge.cli.dropped import SUFFIXES, take_files
 
-KINDS = {"text", "image", "audio"}
-NAMES = ["photo.jpg", "my photo.JPEG", "it's (1) & [2].png", 'a "b" $c.webp', "é 漢.tiff", "100%#?.gif", "question.wav"]
+KINDS = {"image", "audio", "video"}
+NAMES = [
+    "photo.jpg",
+    "my photo.JPEG",
+    "it's (1) & [2].png",
+    'a "b" $c.webp',
+    "é 漢.tiff",
+    "100%#?.gif",
+    "question.wav",
+    "a clip.MP4",
+]
 
 
 def kind_of(name: str) -> str:
-    return "audio" if name.endswith("wav") else "image"
+    return {"wav": "audio", "mp4": "video"}.get(name[-3:].lower(), "image")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,8 +107,8 @@ def test_everything_else_stays_text(text: str, tmp_path: Path, monkeypatch: pyte
 
 def test_a_kind_that_the_model_does_not_take_stays_text(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    assert take_files(f"{tmp_path}/a.png", {"text"}) == ([], f"{tmp_path}/a.png")
-    assert take_files(f"{tmp_path}/a.png", {"text", "audio"}) == ([], f"{tmp_path}/a.png")
+    assert take_files(f"{tmp_path}/a.png", set()) == ([], f"{tmp_path}/a.png")
+    assert take_files(f"{tmp_path}/a.png", {"audio"}) == ([], f"{tmp_path}/a.png")
 
 
 def test_a_long_text_of_quotes_is_searched_in_time() -> None:

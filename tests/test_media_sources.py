@@ -30,10 +30,12 @@ from phi4edge.image_processor import ImageNumbers, load_image, process_image
 from phi4edge.media import Media
 from phi4edge.media_source import MAX_DATA_BYTES, MAX_TOTAL_BYTES, check_total
 from phi4edge.prompt import MediaPart
+from phi4edge.video_files import video_frames
 from processes import is_one_error_line, run
 from test_audio_processor import wav
 from test_image_processor import chunk, png
 from tiny_media import MediaShape, tiny_multimodal
+from tiny_videos import grey, write_video
 
 SHAPE = MediaShape()
 NUMBERS = ImageNumbers(112, 14, 36, (0.5,) * 3, (0.5,) * 3)
@@ -106,6 +108,15 @@ def test_a_data_url_is_the_sound_in_it() -> None:
     data = sound_bytes()
     for mime in ("audio/wav", "audio/ogg;codecs=opus", "AUDIO/x-wav"):
         np.testing.assert_array_equal(load_audio(data_url(data, mime)), load_audio(data))
+
+
+def test_a_data_url_is_the_video_in_it(model: phi4edge.Model) -> None:
+    clip = write_video([grey(4 * k) for k in range(8)])
+    rows = [
+        model.next_logits([{"role": "user", "content": [{"type": "video", "video": source}]}])
+        for source in (clip, data_url(clip, "video/mp4"))
+    ]
+    np.testing.assert_array_equal(*rows)
 
 
 def test_the_largest_data_url_is_as_large_as_a_file_may_be() -> None:
@@ -196,15 +207,21 @@ def listener() -> Iterator[socket.socket]:
             server.accept()
 
 
-@pytest.mark.parametrize("kind", ["image", "audio"])
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
 def test_M10_nothing_is_fetched(model: phi4edge.Model, listener: socket.socket, kind: str) -> None:
+    loaders: dict[str, Callable[[Any], Any]] = {
+        "image": load_image,
+        "audio": load_audio,
+        "video": lambda source: list(video_frames(source, 8)),
+    }
     for form in URLS:
         url = form.format(port=listener.getsockname()[1])
-        with pytest.raises(InputError, match=r"\.(image|audio): 'h?.*' is a URL, and nothing is fetched; give a path"):
-            model.generate([ask("the cat", **{f"{'image' if kind == 'image' else 'sound'}s": [url]})])
+        with pytest.raises(
+            InputError, match=rf"content\[0\].{kind}: '.*' is a URL, and nothing is fetched; give a path"
+        ):
+            model.generate([{"role": "user", "content": [{"type": kind, kind: url}]}])
         with pytest.raises(FileError):  # a name that nobody has
-            load: Callable[[Any], Any] = load_image if kind == "image" else load_audio
-            load(Path(url))
+            loaders[kind](Path(url))
 
 
 def test_M10_other_names_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
@@ -534,7 +551,7 @@ def test_T6_M6_20000_files_through_the_command_line(bundle: Path) -> None:
 
 def test_media_of_a_bundle_are_checked_without_a_model(bundle: Path, tmp_path: Path) -> None:
     media = Media(Bundle.open(bundle), SHAPE.hidden, 1, {"<|endoftext10|>": 1, "<|endoftext11|>": 2})
-    item = media.read(part_of("image", data_url(image_bytes(), "image/png")), None)
-    assert item.n_tokens == media.read(part_of("image", image_bytes()), None).n_tokens
+    (item,) = media.read(part_of("image", data_url(image_bytes(), "image/png")), None)
+    assert media.read(part_of("image", image_bytes()), None)[0].n_tokens == item.n_tokens
     with pytest.raises(Phi4EdgeError, match="together"):
         media.require([part_of("image", large(tmp_path / "a.png", MAX_TOTAL_BYTES["image"] + 1))])

@@ -10,6 +10,7 @@ from phi4edge.cli import answers, output
 from phi4edge.cli.dropped import take_files
 from phi4edge.cli.options import named_as_option
 from phi4edge.errors import FileError, InputError, UsageError
+from phi4edge.prompt import PART_TYPES
 
 if TYPE_CHECKING:
     from phi4edge.generation import Generation, GenerationConfig
@@ -20,6 +21,7 @@ HELP = """\
 /system [TEXT]  show the system message, or set it; /system - removes it
 /image FILE     show an image with the next message
 /audio FILE     play a recording with the next message, which may be empty
+/video FILE     show frames of a video with the next message, without its sound
 /mic [SECONDS]  record one with the microphone, until Enter or for so long
 /release        give the memory of the image and audio encoders back
 /clear          forget the conversation; the system message stays
@@ -27,7 +29,7 @@ HELP = """\
 /stats          counts and speeds of the last answer
 /exit           leave; so does Ctrl-D
 //TEXT          a message that starts with a slash, in which paths are text
-The path of an image or a recording in a message, typed or dropped, attaches that file.
+The path of an image, a recording or a video in a message, typed or dropped, attaches that file.
 Alt-Enter starts a new line, Ctrl-C stops an answer."""
 _FULL = "/clear forgets the conversation, and a larger --context holds more"
 
@@ -62,6 +64,7 @@ class Conversation:
             "/system": self._change_system,
             "/image": lambda file: self._attach("image", file),
             "/audio": lambda file: self._attach("audio", file),
+            "/video": lambda file: self._attach("video", file),
             "/mic": self._record,
             "/release": self._release,
             "/clear": self._clear,
@@ -84,7 +87,7 @@ class Conversation:
             self._send("")
 
     def _send_with_files(self, text: str) -> None:
-        files, rest = take_files(text, self._model.modalities)
+        files, rest = take_files(text, self._kinds())
         if rest.startswith("/"):
             name = rest.split()[0]
             self._tell(f"There is no command {name}; /help lists them, //... sends a message that starts with a slash.")
@@ -143,8 +146,12 @@ class Conversation:
         self._attached.append({"type": "audio", "audio": (samples, rate)})
         self._tell(f"{len(samples) / rate:.1f} s go with the next message; Enter alone sends them.")
 
+    def _kinds(self) -> set[str]:
+        """Types of parts that the model takes."""
+        return {kind for kind, shown in PART_TYPES.items() if shown in self._model.modalities}
+
     def _require(self, kind: str, field: str) -> None:
-        if kind not in self._model.modalities:
+        if kind not in self._kinds():
             raise InputError("this model reads only text", field=field, hint="use a bundle with encoders")
 
     def _regenerate(self, argument: str) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aiff", ".aif", ".au", ".caf", ".wma"),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".ogv", ".mpg", ".mpeg"),
 }
 
 # A word in single quotes, in double ones, or with a backslash before each special character, between white space.

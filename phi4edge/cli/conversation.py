@@ -10,7 +10,6 @@ from phi4edge.cli import answers, output
 from phi4edge.cli.dropped import take_files
 from phi4edge.cli.options import named_as_option
 from phi4edge.errors import FileError, InputError, UsageError
-from phi4edge.prompt import PART_TYPES
 
 if TYPE_CHECKING:
     from phi4edge.generation import Generation, GenerationConfig
@@ -148,6 +147,8 @@ class Conversation:
 
     def _kinds(self) -> set[str]:
         """Types of parts that the model takes."""
+        from phi4edge.prompt import PART_TYPES
+
         return {kind for kind, shown in PART_TYPES.items() if shown in self._model.modalities}
 
     def _require(self, kind: str, field: str) -> None:

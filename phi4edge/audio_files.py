@@ -28,6 +28,7 @@ import soundfile
 from phi4edge.audio_samples import Float32, Mono16k, from_array
 from phi4edge.container_files import EXTRA, KINDS, START_BYTES, File, Kind, QuietFile, kind_of, open_regular
 from phi4edge.errors import FileError, InputError, OutOfMemoryError, UnsupportedError
+from phi4edge.media_source import data_of
 
 MAX_SECONDS = 2 * 3600.0
 
@@ -46,9 +47,10 @@ _FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "
 def load_audio(source: AudioSource, *, max_seconds: float = MAX_SECONDS) -> Float32:
     """Float32 [n_samples] at 16 kHz, at least 400 samples; channels are averaged.
 
-    source: a path; the bytes of a file; or an array [n_samples] or [n_samples, n_channels] with its rate in Hz.  Arrays
-    of int16, int32 and uint8 are scaled to [-1, 1].  Floats, in arrays and in files, are taken as they are, as the
-    reference does: values beyond [-1, 1] are kept.  A NaN, an infinity, or a value above 100 is an error.
+    source: a path; the bytes or the data URL of a file; or an array [n_samples] or [n_samples, n_channels] with its
+    rate in Hz.  Arrays of int16, int32 and uint8 are scaled to [-1, 1].  Floats, in arrays and in files, are taken as
+    they are, as the reference does: values beyond [-1, 1] are kept.  A NaN, an infinity, or a value above 100 is an
+    error.
 
     Files that end early: what is there is the sound where the samples are plain or ADPCM, since programs that write to
     a pipe leave wrong lengths behind, and in Ogg, and in MP3 that does not tell its length.  FLAC and other MP3 are
@@ -57,6 +59,8 @@ def load_audio(source: AudioSource, *, max_seconds: float = MAX_SECONDS) -> Floa
     Raises FileError when there is no readable regular file; InputError when it is not a sound, damaged, or longer than
     ``max_seconds`` (first by its header, then while it is decoded); UnsupportedError when ``av`` is needed and missing.
     """
+    data = data_of(source, "audio")
+    source = source if data is None else data
     path = str(source) if isinstance(source, (str, os.PathLike)) else ""
     try:
         if isinstance(source, bytes):

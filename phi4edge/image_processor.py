@@ -35,6 +35,7 @@ from PIL import Image
 
 from phi4edge.encoders import PATCH, VisionFeatures
 from phi4edge.errors import BundleError, FileError, InputError, OutOfMemoryError, Phi4EdgeError, UsageError
+from phi4edge.media_source import data_of
 from phi4edge.strict_json import read_bytes
 
 MAX_BYTES: Final = 64 << 20  # of a file
@@ -143,8 +144,8 @@ class Crops:
 def load_image(source: ImageSource) -> Image.Image:
     """A picture in RGB, upright, on white where it was transparent.
 
-    source: the path or the bytes of a PNG, JPEG, WebP, BMP, GIF or TIFF file, of which the first frame is taken; an
-    image of Pillow; or an array uint8 [height, width] or [height, width, 1, 3 or 4].
+    source: the path, the bytes or the data URL of a PNG, JPEG, WebP, BMP, GIF or TIFF file, of which the first frame is
+    taken; an image of Pillow; or an array uint8 [height, width] or [height, width, 1, 3 or 4].
 
     Raises FileError when the file cannot be read, InputError when it is no picture that we take, OutOfMemoryError.
     """
@@ -153,8 +154,9 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         with _decoding("picture"):
             return _upright_rgb(source)
-    if isinstance(source, bytes):
-        return _from_file(source)
+    data = source if isinstance(source, bytes) else data_of(source, "image")
+    if data is not None:
+        return _from_file(data)
     if not isinstance(source, (str, os.PathLike)):
         raise _refusal(f"is of type {type(source).__name__}, expected a path, bytes, an image of Pillow or an array")
     path = os.fspath(source)

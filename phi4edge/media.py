@@ -24,6 +24,7 @@ from phi4edge.bundle import AUDIO as AUDIO_ROLE
 from phi4edge.bundle import MANIFEST, VISION, Bundle
 from phi4edge.encoders import AudioEncoder, Branch, FreeMemory, VisionEncoder, check_provider
 from phi4edge.errors import BundleError, InputError
+from phi4edge.media_source import check_total, is_path
 from phi4edge.prompt import MAX_FRAMES, MediaPart
 from phi4edge.providers import AUTO, check_name
 from phi4edge.router import AUDIO, IMAGE
@@ -132,6 +133,7 @@ class Media:
                     raise InputError(
                         f"the conversation has {n_found} {what}, and {n_allowed} are allowed", hint="begin a new one"
                     )
+        check_total(parts)
 
     def read_all(
         self, parts: Sequence[MediaPart], branch: Branch | None, max_crops: int | None, room: int
@@ -164,8 +166,7 @@ class Media:
                 return self._read_video(part, max_crops)
             return [self._read_image(part, max_crops) if part.kind == IMAGE else self._read_sound(part, branch)]
         except InputError as error:
-            named = isinstance(part.source, str | os.PathLike)
-            path, field = (os.fspath(part.source), "") if named else ("", part.field)
+            path, field = (os.fspath(part.source), "") if is_path(part.source) else ("", part.field)
             raise InputError(error.problem, path=path, field=field, hint=error.hint) from error
 
     def _read_image(self, part: MediaPart, max_crops: int | None) -> MediaInput:

@@ -35,6 +35,7 @@ from PIL import Image
 from phi4edge.container_files import EXTRA, KINDS, START_BYTES, File, Kind, QuietFile, kind_of, open_regular
 from phi4edge.errors import FileError, InputError, OutOfMemoryError, Phi4EdgeError, UnsupportedError
 from phi4edge.image_processor import MAX_PIXELS, MAX_SIDE, load_image
+from phi4edge.media_source import data_of, is_path
 
 MAX_BYTES: Final = 8 << 30  # of a file, all of which is read
 MAX_PACKETS: Final = 1 << 20  # frames of a video, decoded or not; 4.8 hours at 60 a second
@@ -104,13 +105,13 @@ def video_frames(source: VideoSource, n_frames: int, *, seek: bool = True) -> It
 
     There are fewer when the video has fewer, or shows one of them for so long that it would be taken twice.
 
-    source: the path or the bytes of an MP4, QuickTime, Matroska, WebM, AVI, WMV, FLV, Ogg or MPEG file, or of an
-    animated GIF or PNG.  seek: False decodes everything, which gives the same frames.
+    source: the path, the bytes or the data URL of an MP4, QuickTime, Matroska, WebM, AVI, WMV, FLV, Ogg or MPEG file,
+    or of an animated GIF or PNG.  seek: False decodes everything, which gives the same frames.
 
     Raises FileError when there is no readable regular file; InputError when it is no video that we take, damaged, or
     too much work; UnsupportedError without the package ``av``; OutOfMemoryError.
     """
-    path = str(source) if isinstance(source, str | os.PathLike) else ""
+    path = str(source) if is_path(source) else ""
     try:
         with _opened(source) as file:
             yield from _Video(file, path).frames(n_frames, seek)
@@ -125,8 +126,9 @@ def video_frames(source: VideoSource, n_frames: int, *, seek: bool = True) -> It
 
 
 def _opened(source: VideoSource) -> File:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
+    data = source if isinstance(source, bytes) else data_of(source, "video")
+    if data is not None:
+        return io.BytesIO(data)
     if isinstance(source, str | os.PathLike):
         return open_regular(Path(source))
     raise InputError(f"a video cannot come from {type(source).__name__}", field="video", hint="give a path, or bytes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from processes import ENDLESSLY, PROMPT, Terminal, endless_gguf, is_one_error_line, run
 from tiny_models import tiny_gguf
+
+ANSWERING = r"\x1b\[\?2004l[^\x1b]{20}"  # the line editor has left, and an answer comes
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,40 @@ def test_chat_in_a_pipe_ends_at_the_first_error(model: str) -> None:
     done = run("chat", model, "--context", "64", "-n", "4", text="the cat " * 500 + "\nthe mat\n")
     assert done.returncode == 4
     assert is_one_error_line(done.stderr)
+
+
+def test_chat_says_what_to_do_when_the_context_is_full(model: str) -> None:
+    done = run("chat", model, "--context", "64", "-n", "9", text="the cat\n" * 9)
+    assert done.returncode == 4 and is_one_error_line(done.stderr), done.stderr
+    assert re.search(r"the prompt has \d+ tokens and the context holds 64, .*; /clear forgets", done.stderr)
+    cleared = run("chat", model, "--context", "64", "-n", "9", text="the cat\n/clear\n" * 9)
+    assert cleared.returncode == 0 and cleared.stdout.count("\n") >= 9
+    first = run("chat", model, "--context", "64", "-n", "9", text="the cat " * 500 + "\n")
+    assert first.returncode == 4 and "/clear" not in first.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "code", "problem"),
+    [
+        ((), "/mic\n", 4, "/mic: this model reads only text"),
+        ((), "/image a.png\n", 4, "/image: this model reads only text"),
+        (("--max-crops", "2"), "the cat\n", 2, "--max-crops: this model takes no images"),
+    ],
+)
+def test_chat_of_a_text_model_takes_no_media(
+    model: str, arguments: tuple[str, ...], text: str, code: int, problem: str
+) -> None:
+    done = run("chat", model, *arguments, text=text)
+    assert done.returncode == code and problem in done.stderr and is_one_error_line(done.stderr)
+
+
+def test_chat_of_a_text_model_reads_paths_as_text(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    done = run("chat", model, "-n", "2", text=f"See {tmp_path}/a.png\n{tmp_path}/a.png\n")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert done.stderr == (
+        f"There is no command {tmp_path}/a.png; /help lists them, //... sends a message that starts with a slash.\n"
+    )
 
 
 # --- on a terminal
@@ -115,6 +152,47 @@ def test_chat_ctrl_c_stops_the_answer_only(open_terminal: Callable[..., Terminal
     terminal.expect(PROMPT)
     terminal.type("/exit\r")
     assert terminal.wait() == 0
+
+
+def test_chat_does_not_mix_keys_into_an_answer(open_terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = open_terminal("chat", endless_gguf(tmp_path), *ENDLESSLY)
+    terminal.expect(PROMPT)
+    terminal.type("the cat\r")
+    terminal.expect(ANSWERING)
+    terminal.type("QQQ ZZZ")
+    time.sleep(0.5)
+    terminal.type("\x03")  # discards them, too
+    terminal.expect(rf"(?s)\A(?!.*QQQ ZZZ).*{PROMPT}")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_chat_keeps_what_is_typed_during_an_answer_for_the_next_message(
+    open_terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    terminal = open_terminal("chat", endless_gguf(tmp_path), "-n", "200", "--context", "4096")
+    terminal.expect(PROMPT)
+    terminal.type("the cat\r")
+    terminal.expect(ANSWERING)
+    terminal.type("QQQ ZZZ")
+    terminal.expect(PROMPT)
+    terminal.expect("QQQ ZZZ")
+    terminal.type("\x03")
+    terminal.expect(PROMPT)
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_chat_restores_the_terminal_when_an_answer_is_ended(
+    open_terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    terminal = open_terminal("chat", endless_gguf(tmp_path), *ENDLESSLY)
+    terminal.expect(PROMPT)
+    terminal.type("the cat\r")
+    terminal.expect(ANSWERING)
+    assert not termios.tcgetattr(terminal.slave)[3] & termios.ECHO
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.wait() == 143
 
 
 def test_chat_goes_on_after_an_error(open_terminal: Callable[..., Terminal], model: str) -> None:

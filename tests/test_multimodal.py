@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import wave
 from collections.abc import Iterator, Sequence
@@ -437,10 +438,28 @@ def test_a_chat_takes_files_and_keeps_them_in_mind(bundle: Path, others: dict[st
     media, adapters = (re.findall(pattern, done.stderr) for pattern in (r"(\d+) image tokens, (\d+)", r"adapter (\w+)"))
     assert media == [("53", "0"), ("53", "13")] and adapters == ["vision", "vision"]
     assert done.stdout.count("\n") == 3
+    image_words, audio_words = shlex.quote(image), Path(audio).as_uri()
+    typed = f"the cat {image_words}\n/stats\n{audio_words}\n\n/stats\n/release\n/clear\n{image}\nthe mat\n/stats\n"
+    done = processes.run("chat", str(bundle), "--max-tokens", "3", "--max-crops", "1", text=typed)
+    assert done.returncode == 0, done.stderr
+    media, adapters = (re.findall(pattern, done.stderr) for pattern in (r"(\d+) image tokens, (\d+)", r"adapter (\w+)"))
+    assert media == [("36", "0"), ("36", "13"), ("36", "0")] and adapters == ["vision"] * 3
+    assert re.findall(r"\[(.*) attached: (\w+)\]", done.stderr) == [
+        ("a.png", "image"),
+        ("q.wav", "audio"),
+        ("a.png", "image"),
+    ]
+    assert done.stdout.count("\n") == 3 and "released" in done.stderr
     for path, line, code, problem in (
+        (bundle, f"{image} the cat", 2, "--max-crops: is 99, expected 1 to 36"),
+        (bundle, "/mic", 2, "/mic: nobody can press Enter to end it; write /mic SECONDS"),
+        (bundle, "/mic 0", 2, "/mic: 0 seconds are not"),
+        (bundle, "/mic nan", 2, "/mic: nan seconds are not"),
+        (bundle, "/mic soon", 2, "/mic: 'soon' is no number of seconds"),
         (bundle, "/image", 2, "/image: names no file"),
         (bundle, "/audio nowhere.wav", 3, "nowhere.wav: there is no such file"),
         (others["no encoders"], f"/image {image}", 4, "/image: this model reads only text"),
     ):
-        failed = processes.run("chat", str(path), text=f"{line}\nthe cat\n")
+        options = ("--max-crops", "99") if "max-crops" in problem else ()
+        failed = processes.run("chat", str(path), *options, text=f"{line}\nthe cat\n")
         assert failed.returncode == code and problem in failed.stderr and failed.stdout == "", failed.stderr

@@ -197,3 +197,13 @@ def test_the_command_line_answers_about_videos(bundle: Path, clip: bytes, tmp_pa
     assert told.returncode == 0 and told.stderr == (
         "phi4edge: warning: video 1 has 20 frames to take, and 21 were asked for\n"
     )
+
+
+def test_a_chat_takes_a_video_that_is_typed_or_dropped(bundle: Path, clip: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "my clip.mp4"
+    path.write_bytes(clip)
+    for typed in (f"'{path}' the cat", f"{path}\nthe cat", f"/video {path}\nthe cat"):
+        done = processes.run("chat", str(bundle), "-n", "2", "--max-crops", "8", text=f"{typed}\n/stats\n")
+        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+        assert "adapter vision" in done.stderr and "image tokens, 0 audio tokens" in done.stderr
+        assert ("[my clip.mp4 attached: video]" in done.stderr) != typed.startswith("/video")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from phi4edge.cli import errors, output
 from phi4edge.cli.conversation import Conversation
 from phi4edge.cli.loading import load_adapter, load_model
-from phi4edge.cli.options import Adaptation, Context, ModelPath, Runtime, Sampling, Stats, System
-from phi4edge.cli.terminal import Reader, open_reader
+from phi4edge.cli.options import Adaptation, Context, MaxCrops, ModelPath, Runtime, Sampling, Stats, System
+from phi4edge.cli.terminal import Reader, keys_unseen, open_reader
+from phi4edge.errors import UsageError
 
 EXAMPLES = """
     phi4edge chat model.gguf
+    phi4edge chat BUNDLE --max-crops 4
     phi4edge chat model.gguf --system "You are a patient teacher." --temperature 0.7
     printf 'Hello!\\nWhat did I just say?\\n' | phi4edge chat model.gguf
 """
@@ -21,6 +23,7 @@ def chat(
     adaptation: Adaptation,
     runtime: Runtime,
     system: System = None,
+    max_crops: MaxCrops = None,
     context: Context = None,
     stats: Stats = False,
 ) -> None:
@@ -28,10 +31,12 @@ def chat(
     config = sampling.config()
     with load_model(model, runtime, context=context) as loaded:
         adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
+        if max_crops is not None and "image" not in loaded.modalities:
+            raise UsageError("this model takes no images", field="--max-crops", hint="leave it out")
         reader = open_reader()
         if reader.interactive:
             output.hint(f"{loaded.config.name or model}; /help lists the commands, Ctrl-D leaves")
-        options = {"adapter": adapter, "adapter_scale": adaptation.adapter_scale}
+        options = {"adapter": adapter, "adapter_scale": adaptation.adapter_scale, "max_crops": max_crops}
         converse(reader, Conversation(loaded, config, system=system, stats=stats, options=options))
 
 
@@ -51,7 +56,8 @@ def converse(reader: Reader, conversation: Conversation) -> None:
             output.hint("Ctrl-D leaves")
             continue
         try:
-            conversation.handle(text)
+            with keys_unseen():
+                conversation.handle(text)
         except KeyboardInterrupt:
             if not reader.interactive:
                 raise

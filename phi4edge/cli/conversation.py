@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4edge.cli import answers, output
+from phi4edge.cli.dropped import take_files
+from phi4edge.cli.options import named_as_option
 from phi4edge.errors import FileError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -18,12 +20,17 @@ HELP = """\
 /system [TEXT]  show the system message, or set it; /system - removes it
 /image FILE     show an image with the next message
 /audio FILE     play a recording with the next message, which may be empty
+/video FILE     show frames of a video with the next message, without its sound
+/mic [SECONDS]  record one with the microphone, until Enter or for so long
+/release        give the memory of the image and audio encoders back
 /clear          forget the conversation; the system message stays
 /regen          answer the last message again
 /stats          counts and speeds of the last answer
 /exit           leave; so does Ctrl-D
-//TEXT          a message that starts with a slash
+//TEXT          a message that starts with a slash, in which paths are text
+The path of an image, a recording or a video in a message, typed or dropped, attaches that file.
 Alt-Enter starts a new line, Ctrl-C stops an answer."""
+_FULL = "/clear forgets the conversation, and a larger --context holds more"
 
 
 class Conversation:
@@ -49,41 +56,66 @@ class Conversation:
         self._messages: list[Message] = []
         self._last: Generation | None = None
         self._n_regenerated = 0
-        self._attached: list[dict[str, str]] = []  # parts of the next message
+        self._attached: list[dict[str, Any]] = []  # parts of the next message
         self._warned: set[str] = set()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda argument: self._tell(HELP),
+            "/system": self._change_system,
+            "/image": lambda file: self._attach("image", file),
+            "/audio": lambda file: self._attach("audio", file),
+            "/video": lambda file: self._attach("video", file),
+            "/mic": self._record,
+            "/release": self._release,
+            "/clear": self._clear,
+            "/regen": self._regenerate,
+            "/stats": self._show_stats,
+            **dict.fromkeys(("/exit", "/quit", "/bye"), self._finish),
+        }
         self.finished = False
 
     def handle(self, text: str) -> None:
         """Answers a message or obeys a command.  Ctrl-C ends the answer here and keeps what there is of it."""
-        if text.startswith("/") and not text.startswith("//"):
-            self._command(text)
-        elif text.strip() or self._attached:
-            text = text.removeprefix("/")
-            parts, self._attached = self._attached, []
-            if text.strip() and parts:
-                parts.append({"type": "text", "text": text})
-            self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
-
-    def _command(self, text: str) -> None:
         name, _, argument = text.strip().partition(" ")
-        if name == "/help":
-            self._tell(HELP)
-        elif name in ("/exit", "/quit", "/bye"):
-            self.finished = True
-        elif name == "/clear":
-            self._messages.clear()
-            self._attached.clear()
-            self._tell("The conversation is empty.")
-        elif name == "/system":
-            self._change_system(argument.strip())
-        elif name in ("/image", "/audio"):
-            self._attach(name.removeprefix("/"), argument.strip())
-        elif name == "/regen":
-            self._regenerate()
-        elif name == "/stats":
-            self._show_stats()
-        else:
+        if text.startswith("/") and name in self._commands:
+            self._commands[name](argument.strip())
+        elif text.startswith("//"):
+            self._send(text.removeprefix("/"))
+        elif text.strip():
+            self._send_with_files(text)
+        elif self._attached:
+            self._send("")
+
+    def _send_with_files(self, text: str) -> None:
+        files, rest = take_files(text, self._kinds())
+        if rest.startswith("/"):
+            name = rest.split()[0]
             self._tell(f"There is no command {name}; /help lists them, //... sends a message that starts with a slash.")
+            return
+        for kind, file in files:
+            self._attached.append({"type": kind, kind: file})
+            self._tell(f"[{Path(file).name} attached: {kind}]")
+        if rest:
+            self._send(rest)
+        else:
+            self._tell("The next message takes it along; Enter alone sends it.")
+
+    def _send(self, text: str) -> None:
+        parts, self._attached = self._attached, []
+        if text.strip() and parts:
+            parts.append({"type": "text", "text": text})
+        self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
+
+    def _finish(self, argument: str) -> None:
+        self.finished = True
+
+    def _clear(self, argument: str) -> None:
+        self._messages.clear()
+        self._attached.clear()
+        self._tell("The conversation is empty.")
+
+    def _release(self, argument: str) -> None:
+        self._model.release_encoders()
+        self._tell("The encoders are released; the next image or sound loads them again.")
 
     def _change_system(self, text: str) -> None:
         if text:
@@ -93,14 +125,37 @@ class Conversation:
     def _attach(self, kind: str, file: str) -> None:
         if not file:
             raise UsageError("names no file", field=f"/{kind}", hint=f"write /{kind} FILE")
-        if kind not in self._model.modalities:
-            raise InputError("this model reads only text", field=f"/{kind}", hint="use a bundle with encoders")
+        self._require(kind, f"/{kind}")
+        dropped, rest = take_files(file, {kind})  # in quotes, for example
+        file = dropped[0][1] if len(dropped) == 1 and not rest else file
         if not Path(file).is_file():
             raise FileError("there is no such file", path=file)
         self._attached.append({"type": kind, kind: file})
         self._tell(f"{file} goes with the next message.")
 
-    def _regenerate(self) -> None:
+    def _record(self, argument: str) -> None:
+        from phi4edge.cli.microphone import record
+
+        self._require("audio", "/mic")
+        try:
+            seconds = float(argument) if argument else None
+        except ValueError:
+            raise UsageError(f"{argument!r:.40} is no number of seconds", field="/mic", hint="write /mic 10") from None
+        samples, rate = record(seconds)
+        self._attached.append({"type": "audio", "audio": (samples, rate)})
+        self._tell(f"{len(samples) / rate:.1f} s go with the next message; Enter alone sends them.")
+
+    def _kinds(self) -> set[str]:
+        """Types of parts that the model takes."""
+        from phi4edge.prompt import PART_TYPES
+
+        return {kind for kind, shown in PART_TYPES.items() if shown in self._model.modalities}
+
+    def _require(self, kind: str, field: str) -> None:
+        if kind not in self._kinds():
+            raise InputError("this model reads only text", field=field, hint="use a bundle with encoders")
+
+    def _regenerate(self, argument: str) -> None:
         answered = bool(self._messages) and self._messages[-1]["role"] == "assistant"
         messages = self._messages[:-1] if answered else self._messages
         if not messages:
@@ -114,7 +169,7 @@ class Conversation:
             config = config.merged(seed=(config.seed + self._n_regenerated) % 2**64)
         self._answer(messages, config)
 
-    def _show_stats(self) -> None:
+    def _show_stats(self, argument: str = "") -> None:
         if self._last is None:
             self._tell("There is no answer yet.")
             return
@@ -131,6 +186,12 @@ class Conversation:
             if self._model.last is None or not self._model.last.tokens:  # stopped before the first token
                 return
             last = self._model.last
+        except UsageError as error:
+            raise named_as_option(error, ("max_crops",)) from None
+        except InputError as error:
+            if self._messages and "the context holds" in error.problem:
+                raise InputError(error.problem, hint=_FULL) from error
+            raise
         for warning in last.warnings:
             if warning not in self._warned:
                 output.warn(warning)
@@ -140,7 +201,9 @@ class Conversation:
         for line in answers.logprob_lines(last.logprobs, self._model.tokenizer):
             output.note(line)
         if last.finish_reason == "length":
-            output.hint("[cut; --max-tokens or --context allow more]")
+            used = last.usage.prompt_tokens + last.usage.completion_tokens
+            is_full = used >= self._model.context
+            output.hint(f"[cut: the context is full; {_FULL}]" if is_full else "[cut; --max-tokens allows more]")
         if self._stats:
             self._show_stats()
 

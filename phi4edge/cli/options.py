@@ -44,6 +44,17 @@ System = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="Print counts and speeds on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
+MaxCrops = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Crops to cut an image, or all frames of a video together, into; fewer take less time and show less. "
+        "[default: what the model knows]",
+        rich_help_panel=_MEDIA,
+        show_default=False,
+    ),
+]
+
 
 class KvType(str, Enum):
     """What keys and values of past tokens are stored as."""
@@ -122,16 +133,7 @@ class Attachments:
             show_default=False,
         ),
     ] = None
-    max_crops: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Crops to cut an image, or all frames of a video together, into; fewer take less time and show less. "
-            "[default: what the model knows]",
-            rich_help_panel=_MEDIA,
-            show_default=False,
-        ),
-    ] = None
+    max_crops: MaxCrops = None
 
     def __post_init__(self) -> None:
         if self.max_crops is not None and not self.image and not self.video:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from phi4edge.cli import output
@@ -70,3 +72,25 @@ def open_reader() -> Reader:
     """The best reader for the streams we have."""
     has_screen = output.is_terminal(sys.stderr) or output.is_terminal(sys.stdout)
     return TerminalReader() if output.is_terminal(sys.stdin) and has_screen else PlainReader()
+
+
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Keys that are typed meanwhile do not show up between the words of an answer; the next line gets them.
+
+    However we leave, by Ctrl-C and SIGTERM too, the terminal is as before.
+    """
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    unseen = [*before]
+    unseen[3] &= ~termios.ECHO  # the local modes; signals of keys stay on
+    try:
+        termios.tcsetattr(keyboard, termios.TCSANOW, unseen)
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)

@@ -1,0 +1,88 @@
+"""The trained tiny checkpoint of the repository and its test set: conversations, and what transformers answered.
+
+The benchmark of quality uses this too, so nothing of the other test modules is needed here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import phi4edge
+
+NANO = Path(__file__).parent / "data" / "nano"
+CHECKPOINT = NANO / "checkpoint"
+FAMILIES = ("text", "vision", "vision2", "speech", "vision-speech")
+
+_TURN = re.compile(r"<\|(system|user)\|>(.*?)(?:<\|tool\|>(.*?)<\|/tool\|>)?<\|end\|>")
+_PLACEHOLDER = re.compile(r"<\|(?:image|audio)_\d+\|>")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of the test set, and what the model answers in transformers."""
+
+    name: str
+    family: str  # one of FAMILIES
+    messages: list[dict[str, Any]]
+    adapter: str | None
+    expected: str  # the right answer
+    their_text: str
+    their_tokens: tuple[int, ...]  # <|end|> included
+    their_top: tuple[tuple[int, float], ...]  # five (token, logit) for the first of them, likeliest first
+    n_prompt_tokens: int  # images and sounds included
+
+
+@cache
+def items(folder: Path = NANO / "testset") -> tuple[Item, ...]:
+    document = json.loads((folder / "testset.json").read_text(encoding="utf-8"))
+    return tuple(_item(entry, folder) for entry in document)
+
+
+def _item(entry: dict[str, Any], folder: Path) -> Item:
+    parts = [{"type": "image", "image": folder / name} for name in entry["images"]]
+    if entry["audio"]:
+        parts.append({"type": "audio", "audio": folder / entry["audio"]})
+    messages: list[dict[str, Any]] = []
+    for role, text, tools in _TURN.findall(entry["prompt"]):
+        message = {"role": role, "content": [*parts, {"type": "text", "text": _PLACEHOLDER.sub("", text)}]}
+        if role == "system":
+            message["content"] = text
+        messages.append(message | ({"tools": tools} if tools else {}))
+    return Item(
+        entry["id"],
+        entry["family"],
+        messages,
+        entry["adapter"],
+        entry["expected"],
+        entry["hf_output"],
+        tuple(entry["hf_output_ids"]),
+        tuple((token, logit) for token, logit in entry["hf_first_top5"]),
+        entry["n_prompt_tokens"],
+    )
+
+
+def is_right(model: phi4edge.Model, item: Item, **options: Any) -> bool:
+    """Whether a model answers an item exactly, and ends there; options are those of ``generate``."""
+    answer = model.generate(item.messages, max_tokens=32, **options)
+    return answer.finish_reason == "stop" and model.tokenizer.decode(answer.tokens, special=True) == item.expected
+
+
+def n_right(model: phi4edge.Model, of: Sequence[Item], **options: Any) -> int:
+    return sum(is_right(model, item, **options) for item in of)
+
+
+def answer_logits(model: phi4edge.Model, item: Item) -> npt.NDArray[np.float32]:
+    """Float32 [n, vocab]: what a model would say at each token of the answer that transformers gave."""
+    session = model.session()
+    first = model.next_logits(item.messages, session=session)
+    rest = session.extend(item.their_tokens[:-1], logits="all")
+    return np.concatenate([first[np.newaxis], rest])

@@ -1,4 +1,4 @@
-"""The trained tiny checkpoint of the repository and its test set: conversations, and what transformers answered.
+"""The trained tiny checkpoint of the repository, questions for it, and what it answers in transformers.
 
 The benchmark of quality uses this too, so nothing of the other test modules is needed here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import phi4edge
 
 NANO = Path(__file__).parent / "data" / "nano"
 CHECKPOINT = NANO / "checkpoint"
+TEST_SET = NANO / "testset" / "testset.json"  # with the answers of transformers
+HELD_OUT = NANO / "heldout" / "heldout.json"  # more of the kind, without
 FAMILIES = ("text", "vision", "vision2", "speech", "vision-speech")
 
 _TURN = re.compile(r"<\|(system|user)\|>(.*?)(?:<\|tool\|>(.*?)<\|/tool\|>)?<\|end\|>")
@@ -28,23 +30,23 @@ _PLACEHOLDER = re.compile(r"<\|(?:image|audio)_\d+\|>")
 
 @dataclass(frozen=True)
 class Item:
-    """A question of the test set, and what the model answers in transformers."""
+    """A question with its right answer, and what the model answers in transformers."""
 
     name: str
     family: str  # one of FAMILIES
     messages: list[dict[str, Any]]
     adapter: str | None
-    expected: str  # the right answer
-    their_text: str
-    their_tokens: tuple[int, ...]  # <|end|> included
-    their_top: tuple[tuple[int, float], ...]  # five (token, logit) for the first of them, likeliest first
-    n_prompt_tokens: int  # images and sounds included
+    expected: str
+    their_text: str = ""
+    their_tokens: tuple[int, ...] = ()  # <|end|> included
+    their_top: tuple[tuple[int, float], ...] = ()  # five (token, logit) for the first of them, likeliest first
+    n_prompt_tokens: int = 0  # images and sounds included
 
 
 @cache
-def items(folder: Path = NANO / "testset") -> tuple[Item, ...]:
-    document = json.loads((folder / "testset.json").read_text(encoding="utf-8"))
-    return tuple(_item(entry, folder) for entry in document)
+def items(path: Path = TEST_SET) -> tuple[Item, ...]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(_item(entry, path.parent) for entry in document)
 
 
 def _item(entry: dict[str, Any], folder: Path) -> Item:
@@ -57,16 +59,15 @@ def _item(entry: dict[str, Any], folder: Path) -> Item:
         if role == "system":
             message["content"] = text
         messages.append(message | ({"tools": tools} if tools else {}))
-    return Item(
-        entry["id"],
-        entry["family"],
-        messages,
-        entry["adapter"],
-        entry["expected"],
-        entry["hf_output"],
-        tuple(entry["hf_output_ids"]),
-        tuple((token, logit) for token, logit in entry["hf_first_top5"]),
-        entry["n_prompt_tokens"],
+    item = Item(entry["id"], entry["family"], messages, entry["adapter"], entry["expected"])
+    if "hf_output" not in entry:
+        return item
+    return replace(
+        item,
+        their_text=entry["hf_output"],
+        their_tokens=tuple(entry["hf_output_ids"]),
+        their_top=tuple((token, logit) for token, logit in entry["hf_first_top5"]),
+        n_prompt_tokens=entry["n_prompt_tokens"],
     )
 
 
@@ -81,8 +82,8 @@ def n_right(model: phi4edge.Model, of: Sequence[Item], **options: Any) -> int:
 
 
 def answer_logits(model: phi4edge.Model, item: Item) -> npt.NDArray[np.float32]:
-    """Float32 [n, vocab]: what a model would say at each token of the answer that transformers gave."""
+    """Float32 [n, vocab]: what a model would say at each token of the right answer, <|end|> included."""
+    answer = model.tokenizer.encode(item.expected, special=True)  # where <|end|> comes next
     session = model.session()
     first = model.next_logits(item.messages, session=session)
-    rest = session.extend(item.their_tokens[:-1], logits="all")
-    return np.concatenate([first[np.newaxis], rest])
+    return np.concatenate([first[np.newaxis], session.extend(answer, logits="all")])

@@ -54,8 +54,11 @@ def measure(path: Path, asked: list[Item], exact: dict[str, Rows], threads: int)
     with phi4edge.load(path, context=1024, threads=threads) as model:
         for family in FAMILIES:
             of_family = [item for item in asked if item.family == family]
-            n_right = sum(is_right(model, item) for item in of_family)
-            rows = [log_probabilities(answer_logits(model, item)) for item in of_family]
+            session = model.session()  # which computes a prompt once for the answer and the logits
+            n_right, rows = 0, []
+            for item in of_family:
+                n_right += is_right(model, item, session=session)
+                rows.append(log_probabilities(answer_logits(model, item, session)))
             reference = [exact.setdefault(item.name, each) for item, each in zip(of_family, rows, strict=True)]
             yield {
                 "family": family,
@@ -92,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path, help="with checkpoint/, testset/ and heldout/")
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
-    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("--record", type=Path, help="append one JSON line per row and kind to this file")
     options = parser.parse_args()
     from phi4edge.converters.convert import convert

@@ -139,7 +139,7 @@ def our_embeddings(bundle: Path, model: Model, messages: list[Message], table: A
 
     table: the embedding of its vocabulary.  branch: the projector for sounds.
     """
-    media = Media(Bundle.open(bundle), model.config.hidden_size, 2, model.tokenizer.special_tokens)
+    media = Media(Bundle.open(bundle), model.config.hidden_size, model.threads, model.tokenizer.special_tokens)
     kinds = {model.tokenizer.special_tokens[text]: kind for kind, text in media.placeholders.items()}
     items = [media.read(part, branch) for part in media_parts(messages)]
     pieces = expand(model.encode(messages), kinds, items).pieces

@@ -81,9 +81,11 @@ def n_right(model: phi4edge.Model, of: Sequence[Item], **options: Any) -> int:
     return sum(is_right(model, item, **options) for item in of)
 
 
-def answer_logits(model: phi4edge.Model, item: Item) -> npt.NDArray[np.float32]:
+def answer_logits(
+    model: phi4edge.Model, item: Item, session: phi4edge.Session | None = None
+) -> npt.NDArray[np.float32]:
     """Float32 [n, vocab]: what a model would say at each token of the right answer, <|end|> included."""
     answer = model.tokenizer.encode(item.expected, special=True)  # where <|end|> comes next
-    session = model.session()
+    session = session or model.session()
     first = model.next_logits(item.messages, session=session)
     return np.concatenate([first[np.newaxis], session.extend(answer, logits="all")])

@@ -35,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(bundle: Path) -> Iterator[phi4edge.Model]:
-    with phi4edge.load(bundle, context=1024, kv_type="f32", threads=2) as loaded:
+    with phi4edge.load(bundle, context=1024, kv_type="f32", threads=1) as loaded:
         yield loaded
 
 
@@ -120,7 +120,7 @@ def exact(model: phi4edge.Model) -> list[Array]:
 def test_quantized_bundles_answer_nearly_as_well(exact: list[Array], tmp_path: Path, quant: str) -> None:
     convert(CHECKPOINT, tmp_path / "bundle", quant)
     least_right, most_divergent = QUALITY[quant]
-    with phi4edge.load(tmp_path / "bundle", context=1024, threads=2) as loaded:
+    with phi4edge.load(tmp_path / "bundle", context=1024, threads=1) as loaded:
         n_correct = n_right(loaded, ITEMS)
         rows = [log_probabilities(answer_logits(loaded, item)) for item in ITEMS]
     divergence = mean_divergence(np.concatenate(exact), np.concatenate(rows))

@@ -57,7 +57,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(bundle: Path) -> Iterator[phi4edge.Model]:
-    with phi4edge.load(bundle, context=2048, kv_type="f32", threads=2) as loaded:
+    with phi4edge.load(bundle, context=2048, kv_type="f32", threads=1) as loaded:
         yield loaded
 
 

@@ -44,7 +44,8 @@ def variants(bits: list[int]) -> list[tuple[str, str, str]]:
     """Backbone, adapters, encoders: by bits, and then by what else may be quantized."""
     others = [("f32", ADAPTERS, "fp32"), ("f32", "q4_0", "fp32"), ("f32", "f32", ENCODERS)]
     others += [(BITS[4], "f16", ENCODERS), (BITS[4], "q4_0", ENCODERS), (BITS[4], ADAPTERS, "fp32")]
-    return [EXACT, *((BITS[each], ADAPTERS, ENCODERS) for each in bits), *others]
+    by_bits = [BITS[each] for each in bits] + ["q2_k_s"] * (2 in bits)  # Q2_K in all but the head
+    return [EXACT, *((quant, ADAPTERS, ENCODERS) for quant in by_bits), *others]
 
 
 def measure(path: Path, asked: list[Item], exact: dict[str, Rows], threads: int) -> Iterator[dict[str, Any]]:

@@ -40,8 +40,13 @@ $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $$($(EXTRA) $*)
 	@touch $@
 
+# A second execution provider for the encoders.  Its module is named onnxruntime too, so it has a directory of its own.
+$(VENV)/.openvino/.installed: | $(VENV)/bin/python
+	$(PIP) --no-deps --upgrade --target $(@D) onnxruntime-openvino
+	@touch $@
+
 # "pytest", not "python -m pytest": it tests the installed package, not the source tree.
-test: $(VENV)/.installed $(VENV)/.dev $(VENV)/.model $(if $(PEERS),$(VENV)/.peers)
+test: $(VENV)/.installed $(VENV)/.dev $(VENV)/.model $(if $(PEERS),$(VENV)/.peers $(VENV)/.openvino/.installed)
 	$(VENV)/bin/pytest -q $(ARGS)
 
 lint: $(VENV)/.installed $(VENV)/.dev

@@ -297,6 +297,10 @@ void expect_matrix(const FloatArray& x, int64_t n_columns) {
   }
 }
 
+void expect_vector(const TokenArray& tokens) {
+  if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
+}
+
 void bind_kernels(py::module_& m) {
   py::class_<Format>(m, "FormatInfo", "A weight format that the decoder reads.")
       .def_readonly("name", &Format::name)
@@ -496,7 +500,7 @@ void bind_decoder(py::module_& m) {
       .def(
           "extend",
           [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {
-            if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
+            expect_vector(tokens);
             return run(session, tokens.size(), logits, progress,
                        [&](LogitsFor which, float* out, const ForwardProgress& forward) {
                          session.extend(tokens.data(), tokens.size(), which, out, forward);
@@ -514,6 +518,28 @@ void bind_decoder(py::module_& m) {
                        });
           },
           "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
+      .def(
+          "append",
+          [](Session& session, const TokenArray& tokens) {
+            expect_vector(tokens);
+            session.append(tokens.data(), tokens.size());
+          },
+          "tokens"_a, "Appends tokens that the next extension computes together with its own.")
+      .def(
+          "append_embeddings",
+          [](Session& session, const FloatArray& rows) {
+            expect_matrix(rows, session.config().hidden_size);
+            const WithoutInterpreter unlocked;
+            session.append_embeddings(rows.data(), rows.shape(0));
+          },
+          "rows"_a, "The same with embedding rows, float32[n, hidden].")
+      .def(
+          "grow",
+          [](Session& session, int64_t n_context) {
+            const WithoutInterpreter unlocked;
+            session.grow(n_context);
+          },
+          "n_context"_a, "Room for more tokens; what was computed stays.")
       .def("truncate", &Session::truncate, "n_tokens"_a)
       .def(
           "set_adapter",

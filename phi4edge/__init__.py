@@ -21,12 +21,16 @@ __all__ = [
     "OutOfMemoryError",
     "Phi4EdgeError",
     "Piece",
+    "Recording",
+    "Segment",
     "Session",
     "UnsupportedError",
     "UsageError",
+    "encoder_providers",
     "inspect",
     "isas",
     "load",
+    "transcribe",
 ]
 
 _HOMES = {
@@ -34,10 +38,14 @@ _HOMES = {
     "GenerationConfig": "generation",
     "Piece": "generation",
     "Model": "model",
-    "Session": "model",
+    "Session": "session",
+    "encoder_providers": "encoders",
     "isas": "model",
     "load": "model",
     "inspect": "info",
+    "Recording": "transcription",
+    "Segment": "transcription",
+    "transcribe": "transcription",
     "Phi4EdgeError": "errors",
     "BundleError": "errors",
     "Cancelled": "errors",
@@ -49,6 +57,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from phi4edge.encoders import encoder_providers
     from phi4edge.errors import (
         BundleError,
         Cancelled,
@@ -61,7 +70,9 @@ if TYPE_CHECKING:
     )
     from phi4edge.generation import Generation, GenerationConfig, Piece
     from phi4edge.info import inspect
-    from phi4edge.model import Model, Session, isas, load
+    from phi4edge.model import Model, isas, load
+    from phi4edge.session import Session
+    from phi4edge.transcription import Recording, Segment, transcribe
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,12 @@ import numpy.typing as npt
 
 from phi4edge.expanded import Expanded
 from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
+from phi4edge.media import EncoderRun
 from phi4edge.router import AUDIO, IMAGE, Route
 from phi4edge.stops import StopStrings
 from phi4edge.tokenizer import Tokenizer
+
+_EXPECTED = GenerationConfig().max_tokens
 
 
 class Sample(Protocol):
@@ -43,6 +46,7 @@ class Request:
     scale: float  # of the adapter
     loaded: Any  # the adapter of the route, in memory as long as this request is; None for none
     seconds: float  # that it took to get here: reading files, and bringing them into the form that encoders take
+    warnings: tuple[str, ...] = ()  # about the prompt, for people
 
 
 class Answer:
@@ -72,6 +76,7 @@ class Answer:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
+        self.encoder_runs: dict[str, EncoderRun] = {}
         self.encoder_seconds = 0.0
         self.prefill_seconds = 0.0
         self.first_token_seconds = 0.0
@@ -80,6 +85,11 @@ class Answer:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._n_given = 0  # tokens that were part of a piece
+
+    @property
+    def n_expected(self) -> int:
+        """Tokens for which to make room at once: a longer answer gets more as it comes."""
+        return min(self._n_most, _EXPECTED)
 
     def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
         """Takes one more token; the text that became certain by it, or None."""
@@ -130,5 +140,10 @@ class Answer:
             adapter=route.adapter,
             adapter_scale=self.request.scale,
             merged_adapter=route.merged,
-            warnings=(route.warning,) if route.warning else (),
+            encoders={role: run.provider for role, run in self.encoder_runs.items()},
+            warnings=(
+                *([route.warning] if route.warning else []),
+                *self.request.warnings,
+                *(warning for run in self.encoder_runs.values() for warning in run.warnings),
+            ),
         )

@@ -17,9 +17,7 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +26,19 @@ import numpy.typing as npt
 import soundfile
 
 from phi4edge.audio_samples import Float32, Mono16k, from_array
+from phi4edge.container_files import EXTRA, KINDS, START_BYTES, File, Kind, QuietFile, kind_of, open_regular
 from phi4edge.errors import FileError, InputError, OutOfMemoryError, UnsupportedError
 
 MAX_SECONDS = 2 * 3600.0
 
 AudioSource = str | os.PathLike[str] | bytes | tuple[npt.NDArray[Any], float]
 
-_File = io.FileIO | io.BytesIO
 _KNOWN_FRAMES = 1 << 62  # libsndfile says 2^63 - 1 when a header leaves the length open
 _ROUNDING = 0.1  # seconds by which the header of a compressed file may be wrong
-_STRETCH = 64  # more than the largest MP3 frame is larger than the smallest
 _MP3_COUNT = rb"(Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f]|VBRI"  # in the first frame: how many there are
 _MP3_BLOCK = 8 * 1152  # samples
-_GUESSING = ("aac", "amr", "mp3")  # demuxers of FFmpeg that guess the duration from the size of the file
-_EXTRA = "pip install 'phi4edge[media]'"
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A kind of file that may be decoded."""
-
-    name: str
-    start: bytes  # a regular expression for its first bytes
-    demuxer: str  # of FFmpeg; naming it keeps FFmpeg from guessing, and so from playlists that name other files
-    libsndfile: bool = True
-
-
-_KINDS = (
-    _Kind("WAV", rb"(RIFF|RIFX|RF64)....WAVE", "wav"),
-    _Kind("W64", rb"riff\x2e\x91\xcf\x11", "w64"),
-    _Kind("FLAC", rb"fLaC", "flac"),
-    _Kind("Ogg", rb"OggS", "ogg"),
-    _Kind("MP3", rb"ID3|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd]", "mp3"),
-    _Kind("AIFF", rb"FORM....AIF[FC]", "aiff"),
-    _Kind("AU", rb"\.snd|dns\.", "au"),
-    _Kind("CAF", rb"caff", "caf"),
-    _Kind("NIST SPHERE", rb"NIST_1A", "nistspeech"),
-    _Kind("MP4", rb"....ftyp", "mov", libsndfile=False),
-    _Kind("Matroska or WebM", rb"\x1aE\xdf\xa3", "matroska", libsndfile=False),
-    _Kind("AAC", rb"\xff[\xf0\xf1\xf8\xf9]", "aac", libsndfile=False),
-    _Kind("AMR", rb"#!AMR", "amr", libsndfile=False),
-    _Kind("WMA", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf", libsndfile=False),
-    _Kind("AVI", rb"RIFF....AVI ", "avi", libsndfile=False),
-)
+# Demuxers of FFmpeg that guess the duration from the size of the file.
+_GUESSING = ("aac", "amr", "mp3", "mpeg", "mpegts")
 # What libsndfile may find behind such a beginning; its other formats are old, and their readers little used.
 _FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST"}
 
@@ -96,7 +64,7 @@ def load_audio(source: AudioSource, *, max_seconds: float = MAX_SECONDS) -> Floa
         if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], np.ndarray):
             return from_array(*source, max_seconds)
         if isinstance(source, (str, os.PathLike)):
-            with _open_regular(Path(source)) as file:
+            with open_regular(Path(source)) as file:
                 return _decode(file, path, max_seconds)
     except OSError as error:
         if isinstance(error, FileError):
@@ -107,35 +75,22 @@ def load_audio(source: AudioSource, *, max_seconds: float = MAX_SECONDS) -> Floa
     raise InputError(f"a sound cannot come from {type(source).__name__}", hint="give a path, bytes, or (array, rate)")
 
 
-def _open_regular(path: Path) -> io.FileIO:
-    """A pipe or a device would block us, or never end, and is refused."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        file = os.fdopen(os.open(path, flags), "rb", buffering=0)  # others read from the same descriptor
-    except (OSError, ValueError) as error:  # ValueError: the path has a NUL
-        raise FileError(f"cannot be read: {getattr(error, 'strerror', None) or error}", path=str(path)) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise FileError("is not a regular file", path=str(path))
-    return file
-
-
-def _decode(file: _File, path: str, max_seconds: float) -> Float32:
-    start = file.read(16)
+def _decode(file: File, path: str, max_seconds: float) -> Float32:
+    start = file.read(START_BYTES)
     if not start:
         raise InputError("is empty", path=path, field="sound")
-    kind = next((kind for kind in _KINDS if re.match(kind.start, start, re.DOTALL)), None)
-    if kind is None:
-        names = ", ".join(kind.name for kind in _KINDS)
+    kind = kind_of(start)
+    if kind is None or not kind.sound:
+        names = ", ".join(kind.name for kind in KINDS if kind.sound)
         raise InputError(
-            f"starts with {start!r}, which is no sound of a kind that can be read",
+            f"starts with {start[:16]!r}, which is no sound of a kind that can be read",
             path=path,
             field="sound",
             hint=f"those are {names}",
         )
     if not kind.libsndfile:
         return _decode_with_av(file, kind, path, max_seconds)
-    quiet = _Quiet(file, stretched=kind.name == "MP3" and not _tells_length(file))
+    quiet = QuietFile(file, stretched=kind.name == "MP3" and not _tells_length(file))
     # libsndfile reads a descriptor by itself, so that no Ctrl-C can get lost in a call from C to Python.  Not on
     # Windows, where its descriptors may not be those of Python.
     itself = isinstance(file, io.FileIO) and not quiet.stretched and os.name == "posix"
@@ -149,7 +104,7 @@ def _decode(file: _File, path: str, max_seconds: float) -> Float32:
         return _decode_with_libsndfile(sound_file, quiet, path, max_seconds)
 
 
-def _tells_length(file: _File) -> bool:
+def _tells_length(file: File) -> bool:
     """Whether the first frame of an MP3 file says how many there are."""
     file.seek(0)
     start = file.read(10)
@@ -165,57 +120,7 @@ class _ForwardOnly(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
-class _Quiet:
-    """A file for libsndfile and FFmpeg: errors, Ctrl-C too, wait for us, as nothing can be raised through C code.
-
-    stretched: pretends to be much longer.  For MP3 without a count of frames, libmpg123 guesses the length from the
-    sizes of the file and of the first frame, and libsndfile stops there: a file that starts loud would lose its end.
-    """
-
-    def __init__(self, file: _File, *, stretched: bool = False) -> None:
-        self._file = file
-        self._n_bytes = file.seek(0, os.SEEK_END)
-        self._n_pretended = self._n_bytes * (_STRETCH if stretched else 1)
-        self._position = 0
-        self._failure: BaseException | None = None
-        self.stretched = stretched
-
-    @property
-    def at_end(self) -> bool:
-        return self._position >= self._n_bytes
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_CUR: self._position, os.SEEK_END: self._n_pretended}.get(whence, 0)
-        self._position = min(max(0, base + offset), self._n_pretended)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, n_bytes: int) -> bytes:
-        data = bytearray(min(n_bytes, self._n_bytes))
-        return bytes(data[: self.readinto(data)])
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            if self.stretched and self._position >= self._n_pretended - 128:  # libmpg123 looks for a tag at the end
-                n_read = min(len(buffer), self._n_pretended - self._position)
-                buffer[:n_read] = bytes(n_read)
-            else:
-                self._file.seek(self._position)
-                n_read = self._file.readinto(buffer)
-        except BaseException as failure:
-            self._failure = failure
-            return 0
-        self._position += n_read
-        return n_read
-
-
-def _decode_with_libsndfile(file: Any, quiet: _Quiet, path: str, max_seconds: float) -> Float32:
+def _decode_with_libsndfile(file: Any, quiet: QuietFile, path: str, max_seconds: float) -> Float32:
     if file.format not in _FORMATS:
         raise InputError(f"is {file.format} inside, which is not read", path=path, field="sound")
     sound = Mono16k(file.samplerate, file.channels, path, max_seconds)
@@ -242,7 +147,7 @@ def _decode_with_libsndfile(file: Any, quiet: _Quiet, path: str, max_seconds: fl
     return sound.finish()
 
 
-def _decode_with_av(file: _File, kind: _Kind, path: str, max_seconds: float) -> Float32:
+def _decode_with_av(file: File, kind: Kind, path: str, max_seconds: float) -> Float32:
     """The first sound of a file, which may be a video."""
     try:
         import av
@@ -252,14 +157,14 @@ def _decode_with_av(file: _File, kind: _Kind, path: str, max_seconds: float) -> 
                 f"is damaged, or {kind.name} with a codec that libsndfile does not know",
                 path=path,
                 field="sound",
-                hint=f"{_EXTRA} for more codecs",
+                hint=f"{EXTRA} for more codecs",
             ) from error
         raise UnsupportedError(
-            f"{kind.name} needs the package 'av'", path=path, field="sound", hint=f"{_EXTRA}, or convert it to WAV"
+            f"{kind.name} needs the package 'av'", path=path, field="sound", hint=f"{EXTRA}, or convert it to WAV"
         ) from error
-    quiet = _Quiet(file)
+    quiet = QuietFile(file)
     try:
-        with av.open(quiet, format=kind.demuxer) as container:
+        with av.open(quiet, format=kind.demuxer, metadata_errors="replace") as container:
             stream = next(iter(container.streams.audio), None)
             if stream is None:
                 raise InputError(f"is {kind.name} without any sound", path=path, field="sound")

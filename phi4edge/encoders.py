@@ -8,23 +8,28 @@
 A file is opened once: it is checked through that descriptor before onnxruntime is even imported.  On Linux onnxruntime
 then reads the same file again through the descriptor, so that a file that is renamed over the path in the meantime is
 not seen; elsewhere it opens the path.  In both cases a file that is not the same afterwards is refused.
+
+What a provider cannot run, the CPU runs, and the encoder says so: see ``provider`` and ``warnings``.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from phi4edge import machine
 from phi4edge.errors import BundleError, Cancelled, InputError, OutOfMemoryError, UnsupportedError, UsageError
 from phi4edge.onnx_file import OnnxSummary, TensorInfo, inspect_file, open_onnx
+from phi4edge.providers import AUTO, CPU, PROVIDERS, check_name, choose, installed, memory_need
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,12 +40,12 @@ N_MELS = 80
 FRAMES_PER_TOKEN = 8
 WINDOW = 500  # tokens that the audio encoder sees at once: 40 s
 
-# Name of ours -> onnxruntime's name of the execution provider, and its options.
-PROVIDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {"cpu": ("CPUExecutionProvider", {})}
+_HINT = "close other programs, or use int8 encoders"  # when memory is short
 
 Branch = Literal["speech", "vision"]
 BRANCHES: tuple[Branch, ...] = ("speech", "vision")
 Progress = Callable[[int, int], bool | None]  # (crops or tokens done, in all); False cancels
+FreeMemory = Callable[[], int]  # bytes
 Float32 = npt.NDArray[np.float32]
 Shape = tuple[int | str | None, ...]
 
@@ -54,35 +59,64 @@ class VisionFeatures:
     view_separator: Float32
 
 
+def encoder_providers() -> list[str]:
+    """What the installed onnxruntime can run encoders on, by names of ``PROVIDERS``; UnsupportedError without one."""
+    return installed(_onnxruntime().get_available_providers())
+
+
+def check_provider(name: str) -> None:
+    """UsageError or UnsupportedError for a provider that encoders could not be asked to run on.
+
+    Only for one that was named is onnxruntime imported: a text needs none.
+    """
+    check_name(name)
+    if name not in (AUTO, CPU):
+        choose(name, _onnxruntime().get_available_providers())
+
+
 class _Encoder(ABC):
-    """A session of onnxruntime for a file that keeps the contract of its kind."""
+    """A session of onnxruntime for a file that keeps the contract of its kind.
+
+    ``provider`` is the one that runs it: "cpu" when the one that was asked for cannot, None when it was only checked.
+    ``warnings`` tell what the CPU runs in its place.
+    """
 
     def __init__(
-        self, path: str | os.PathLike[str], kind: str, hidden_size: int, threads: int, provider: str | None
+        self,
+        path: str | os.PathLike[str],
+        kind: str,
+        hidden_size: int,
+        threads: int,
+        provider: str | None,
+        free_memory: FreeMemory | None,
     ) -> None:
         if threads < 1:
             raise UsageError(f"{threads} threads cannot work", field="threads")
-        if provider is not None and provider not in PROVIDERS:
-            raise UsageError(f"'{provider}' is not one of {', '.join(PROVIDERS)}", field="provider")
+        if provider is not None:
+            check_name(provider)
         self.path = os.fspath(path)
         self.hidden_size = hidden_size
+        self.provider: str | None = None
+        self.warnings: tuple[str, ...] = ()
+        self._threads = threads
+        self._free_memory = free_memory
+        self._session: Any = None
         with open_onnx(path) as file:
-            before = _identity(file.fileno())
+            self._opened = _identity(file.fileno())
             self.summary: OnnxSummary = inspect_file(file, self.path)
             self._check_metadata(kind)
             self._check_contract()
-            self._session: Any = None
-            if provider is None:
-                return
-            descriptor = Path(f"/proc/self/fd/{file.fileno()}")
-            source = str(descriptor) if descriptor.exists() else self.path
-            self._session = self._load(source, threads, provider)
-            if _identity(source) != before:
-                raise BundleError("was changed while it was loaded", path=self.path, hint="try again")
+            if provider is not None:
+                self._open(file, provider)
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
 
     def close(self) -> None:
         """Releases the weights.  A closed encoder cannot be used again."""
         self._session = None
+        machine.return_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -116,30 +150,117 @@ class _Encoder(ABC):
                     tensor = by_name[name]
                     self._refuse(f"is {tensor.element} {_text(tensor.shape)}, expected {element} {_text(shape)}", name)
 
-    def _load(self, source: str, threads: int, provider: str) -> Any:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UnsupportedError(
-                "onnxruntime is not installed, which images and sounds need", hint="pip install onnxruntime"
-            ) from error
+    def _open(self, file: BinaryIO, provider: str) -> None:
+        """Makes the session, on the provider as far as it can."""
+        onnxruntime = _onnxruntime()
+        provider = choose(provider, onnxruntime.get_available_providers())
+        size = os.fstat(file.fileno()).st_size
+        descriptor = Path(f"/proc/self/fd/{file.fileno()}")
+        source = str(descriptor) if descriptor.exists() else self.path
+        if provider != CPU:
+            onnxruntime.set_default_logger_severity(4)  # of what a provider writes to stderr while it starts
+            try:
+                self._require_memory(size, provider)
+                self._session = self._load(onnxruntime, source, provider)
+            except (BundleError, OutOfMemoryError) as error:
+                self._warn(f"{provider}: {error.problem}, so the CPU runs it")
+                provider = CPU
+            else:
+                provider = self._kept(provider)
+        if self._session is None:
+            self._require_memory(size, CPU)
+            self._session = self._load(onnxruntime, source, CPU)
+        machine.return_memory()  # loading takes more than it keeps
+        self.provider = provider
+        if _identity(source) != self._opened:
+            self.close()
+            raise BundleError("was changed while it was loaded", path=self.path, hint="try again")
+
+    def _require_memory(self, size: int, provider: str) -> None:
+        """OutOfMemoryError for what the system would otherwise kill us for."""
+        if self._free_memory is None:
+            return
+        need = memory_need(provider, size, self.summary.metadata.get("phi4edge.precision", ""))
+        free = self._free_memory()
+        if need > free:
+            raise OutOfMemoryError(
+                f"needs about {_size_text(need)}, but {_size_text(free)} are available",
+                path=self.path,
+                hint=_HINT,
+            )
+
+    def _load(self, onnxruntime: Any, source: str, provider: str) -> Any:
+        chosen = PROVIDERS[provider]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # a library does not write to stderr; errors come as exceptions
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder has threads too
         # The arena stays on: without it the full-size int8 vision encoder took 2.6 GB at its peak, with it 1.0.
         options.enable_mem_pattern = False  # inputs come in many sizes, and a plan would be kept for each
-        name, provider_options = PROVIDERS[provider]
+        if provider != CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            for axis in self._single_axes():  # many providers refuse sizes that are not known
+                options.add_free_dimension_override_by_name(axis, 1)
+        for key, value in chosen.session.items():
+            options.add_session_config_entry(key, value)
+        provider_options = {key: value.format(threads=self._threads) for key, value in chosen.options.items()}
         try:
-            return onnxruntime.InferenceSession(source, options, providers=[(name, dict(provider_options))])
+            # Its own fallback to the CPU prints, and tells us nothing.
+            return onnxruntime.InferenceSession(
+                source, options, providers=[(chosen.name, provider_options)], enable_fallback=False
+            )
         except Exception as error:
             self._failed(error, "cannot be loaded by onnxruntime")
 
+    def _single_axes(self) -> set[str]:
+        """Names of the axes that always have the length 1: crops, or windows."""
+        axes = (tensor.shape[0] for tensor in self.summary.inputs if tensor.shape)
+        return {axis for axis in axes if isinstance(axis, str)}
+
+    def _kept(self, provider: str) -> str:
+        """The provider, or "cpu" when it runs nothing of the graph; warns about what the CPU runs."""
+        name = PROVIDERS[provider].name
+        if name not in self._session.get_providers():
+            self._warn(f"{provider} does not start on this computer, so the CPU runs it")
+            return CPU
+        assigned = _assigned_nodes(self._session)
+        if assigned is None:
+            self._warn(f"{provider} may leave a part of it to the CPU; onnxruntime 1.24 and later tell")
+            return provider
+        n_taken = assigned.pop(name, Counter()).total()
+        left: Counter[str] = sum(assigned.values(), Counter())
+        if n_taken == 0:
+            self._warn(f"{provider} takes none of its {left.total()} nodes, so the CPU runs it")
+            return CPU
+        if left:
+            n_nodes = n_taken + left.total()
+            self._warn(f"{left.total()} of its {n_nodes} nodes run on the CPU, not on {provider}: {_few(sorted(left))}")
+        return provider
+
+    def _warn(self, text: str) -> None:
+        self.warnings += (f"{self.path}: {text}",)
+
     def _run(self, inputs: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[Float32]:
-        """The outputs named in ``shapes``, which must have these shapes and be finite."""
+        """The outputs named in ``shapes``, which must have these shapes and be finite.
+
+        A provider that fails now is replaced by the CPU, which also tells whether it was the file's fault.
+        """
         if self._session is None:
             raise UsageError("the encoder is closed, or was only checked", path=self.path)
+        try:
+            return self._outputs(inputs, shapes)
+        except (BundleError, OutOfMemoryError) as error:
+            if self.provider == CPU:
+                raise
+            field = f"{error.field} " if error.field else ""
+            self._warn(f"{self.provider}: {field}{error.problem}, so the CPU runs it")
+        self.close()
+        with open_onnx(self.path) as file:
+            self._open(file, CPU)
+        return self._outputs(inputs, shapes)
+
+    def _outputs(self, inputs: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[Float32]:
         try:
             outputs: list[Float32] = self._session.run(list(shapes), inputs)
         except Exception as error:
@@ -156,7 +277,9 @@ class _Encoder(ABC):
         # onnxruntime has no exception type of its own for this.
         if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
             raise OutOfMemoryError(
-                "not enough memory for this encoder", path=self.path, hint="close other programs, or use int8 encoders"
+                "there is not enough memory for this encoder",
+                path=self.path,
+                hint=_HINT,
             ) from error
         name = type(error).__name__
         raise BundleError(f"{problem} ({name})", path=self.path, hint="convert the checkpoint again") from error
@@ -168,17 +291,23 @@ class _Encoder(ABC):
 class VisionEncoder(_Encoder):
     """Crops of S x S pixels to (S/28)^2 embeddings each.
 
-    hidden_size: width of the decoder.  threads: how many compute.  provider: a name in ``PROVIDERS``;
-    None only checks the file, and leaves onnxruntime alone.
+    hidden_size: width of the decoder.  threads: how many compute.  provider: "auto" or a name in ``PROVIDERS``; None
+    only checks the file, and leaves onnxruntime alone.  free_memory: tells how much there is; None is enough.
 
     Raises FileError, BundleError when the file is damaged, of another kind or for another decoder, OutOfMemoryError,
-    UnsupportedError, UsageError.
+    UnsupportedError (also for a provider that this onnxruntime does not have), UsageError.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str | None = "cpu"
+        self,
+        path: str | os.PathLike[str],
+        hidden_size: int,
+        *,
+        threads: int = 1,
+        provider: str | None = AUTO,
+        free_memory: FreeMemory | None = None,
     ) -> None:
-        super().__init__(path, "vision", hidden_size, threads, provider)
+        super().__init__(path, "vision", hidden_size, threads, provider, free_memory)
 
     @property
     def crop_size(self) -> int:
@@ -245,9 +374,15 @@ class AudioEncoder(_Encoder):
     """Log-mel frames of 10 ms to embeddings of 80 ms.  Parameters and errors are those of :class:`VisionEncoder`."""
 
     def __init__(
-        self, path: str | os.PathLike[str], hidden_size: int, *, threads: int = 1, provider: str | None = "cpu"
+        self,
+        path: str | os.PathLike[str],
+        hidden_size: int,
+        *,
+        threads: int = 1,
+        provider: str | None = AUTO,
+        free_memory: FreeMemory | None = None,
     ) -> None:
-        super().__init__(path, "audio", hidden_size, threads, provider)
+        super().__init__(path, "audio", hidden_size, threads, provider, free_memory)
 
     def encode(self, features: Float32, branch: Branch, progress: Progress | None = None) -> Float32:
         """Float32 [ceil(n_frames / 8), hidden] for log-mels float32 [n_frames, 80] of one recording.
@@ -293,6 +428,26 @@ class AudioEncoder(_Encoder):
         return inputs, {"embeddings": ("float32", ("windows", "tokens", self.hidden_size))}
 
 
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnsupportedError(
+            "onnxruntime is not installed, which images and sounds need", hint="pip install onnxruntime"
+        ) from error
+    return onnxruntime
+
+
+def _assigned_nodes(session: Any) -> dict[str, Counter[str]] | None:
+    """onnxruntime's name of a provider -> kinds of the nodes that it runs; None when onnxruntime does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    assigned: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        assigned.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return assigned
+
+
 def _fits(tensor: TensorInfo, element: str, shape: Shape) -> bool:
     if tensor.element != element or tensor.shape is None or len(tensor.shape) != len(shape):
         return False
@@ -328,3 +483,11 @@ def _identity(place: str | int) -> tuple[int, int, int, int] | None:
 
 def _text(shape: Shape | None) -> str:
     return "of any shape" if shape is None else f"{list(shape)!r:.200}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:4]) + (" and others" if len(names) > 4 else "")
+
+
+def _size_text(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"

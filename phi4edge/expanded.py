@@ -21,11 +21,6 @@ class Expanded:
     keys: list[Key]  # of all positions: equal keys are equal inputs
 
     @property
-    def ends(self) -> list[int]:
-        """The length of the sequence after each piece."""
-        return list(itertools.accumulate(map(length, self.pieces)))
-
-    @property
     def media(self) -> list[MediaInput]:
         return [piece for piece in self.pieces if isinstance(piece, MediaInput)]
 
@@ -70,20 +65,29 @@ def length(piece: list[int] | MediaInput) -> int:
 
 
 class Steps:
-    """One progress over all encoders and extensions of a prompt."""
+    """One progress over the encoders of a prompt, and the decoder after them.
 
-    def __init__(self, progress: Progress | None, prompt: Expanded, n_kept: int) -> None:
+    n_kept: positions that the sequence has already; n_cached: those of them that are computed.
+    """
+
+    def __init__(self, progress: Progress | None, prompt: Expanded, n_kept: int, n_cached: int) -> None:
         self._progress = progress
         self._done = 0
-        new = [piece for piece, end in zip(prompt.pieces, prompt.ends, strict=True) if end > n_kept]
-        self._total = len(prompt.keys) - n_kept
-        self._total += sum(piece.n_tokens for piece in new if isinstance(piece, MediaInput))
-        self._is_one = len(new) == 1 and not isinstance(new[0], MediaInput)
+        ends = itertools.accumulate(map(length, prompt.pieces))
+        new = [piece for piece, end in zip(prompt.pieces, ends, strict=True) if end > n_kept]
+        self._n_decoder = len(prompt.keys) - n_cached
+        self._total = self._n_decoder + sum(piece.n_tokens for piece in new if isinstance(piece, MediaInput))
 
-    def next(self, n_steps: int) -> Progress | None:
+    def encoder(self, item: MediaInput) -> Progress | None:
+        return self._next(item.n_tokens)
+
+    def decoder(self) -> Progress | None:
+        return self._next(self._n_decoder)
+
+    def _next(self, n_steps: int) -> Progress | None:
         """For the next work, of so many steps, whatever it counts itself."""
-        if self._progress is None or self._is_one:
-            return self._progress
+        if self._progress is None:
+            return None
         progress, begin = self._progress, self._done
         self._done += n_steps
 

@@ -245,6 +245,7 @@ class Generation:
     adapter: str | None = None  # its name; None: the model as it is
     adapter_scale: float = 1.0
     merged_adapter: str | None = None  # the one that the model's weights include
+    encoders: Mapping[str, str] = field(default_factory=dict)  # "vision", "audio": what ran them; not from a cache
     warnings: tuple[str, ...] = ()  # about how this request was answered
 
     def as_json(self) -> dict[str, Any]:
@@ -258,6 +259,7 @@ class Generation:
             "logprobs": [each.as_json() for each in self.logprobs],
             "adapter": None if self.adapter is None else {"name": self.adapter, "scale": self.adapter_scale},
             "merged_adapter": self.merged_adapter,
+            "encoders": dict(self.encoders),
             "warnings": list(self.warnings),
         }
 

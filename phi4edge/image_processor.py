@@ -167,6 +167,14 @@ def load_image(source: ImageSource) -> Image.Image:
     return _from_file(data, path)
 
 
+def crop_budget(numbers: ImageNumbers, max_crops: int | None) -> int:
+    """The crops that a grid may have; None is what the model was made for.  Raises UsageError."""
+    budget = numbers.max_crops if max_crops is None else max_crops
+    if type(budget) is not int or not 1 <= budget <= numbers.max_crops:
+        raise UsageError(f"is {budget!r:.40}, expected 1 to {numbers.max_crops}", field="max_crops")
+    return budget
+
+
 def process_image(image: Image.Image, numbers: ImageNumbers, max_crops: int | None = None) -> Crops:
     """Cuts an RGB picture, such as ``load_image`` gives, into crops.
 
@@ -175,9 +183,7 @@ def process_image(image: Image.Image, numbers: ImageNumbers, max_crops: int | No
 
     Raises InputError for pictures that are far longer than wide or the other way round, UsageError.
     """
-    budget = numbers.max_crops if max_crops is None else max_crops
-    if type(budget) is not int or not 1 <= budget <= numbers.max_crops:
-        raise UsageError(f"is {budget!r:.40}, expected 1 to {numbers.max_crops}", field="max_crops")
+    budget = crop_budget(numbers, max_crops)
     width, height = image.size
     _check_size(width, height)
     if image.mode != "RGB":

@@ -1,7 +1,7 @@
-"""Images and sounds of a request: read, counted in tokens, and encoded for the decoder.
+"""Images, sounds and videos of a request: read, counted in tokens, and encoded for the decoder.
 
 >>> media = Media(bundle, 3072, 4, tokenizer.special_tokens)  # doctest: +SKIP
->>> crops = media.read(MediaPart("image", "photo.jpg", "image 1"), None)  # doctest: +SKIP
+>>> (crops,) = media.read(MediaPart("image", "photo.jpg", "image 1"), None)  # doctest: +SKIP
 >>> media.encode(crops).shape  # doctest: +SKIP
 (545, 3072)
 
@@ -22,22 +22,24 @@ import numpy.typing as npt
 
 from phi4edge.bundle import AUDIO as AUDIO_ROLE
 from phi4edge.bundle import MANIFEST, VISION, Bundle
-from phi4edge.encoders import AudioEncoder, Branch, VisionEncoder
+from phi4edge.encoders import AudioEncoder, Branch, FreeMemory, VisionEncoder, check_provider
 from phi4edge.errors import BundleError, InputError
-from phi4edge.prompt import MediaPart
+from phi4edge.prompt import MAX_FRAMES, MediaPart
+from phi4edge.providers import AUTO, check_name
 from phi4edge.router import AUDIO, IMAGE
 
 if TYPE_CHECKING:
     from phi4edge.audio_processor import AudioNumbers
     from phi4edge.image_processor import Crops, ImageNumbers
 
-MAX_PARTS = 16  # images, and as many sounds, in one conversation
+VIDEO = "video"  # its frames are images from here on
+MAX_PARTS = 16  # images, as many sounds, and as many videos, in one conversation
 CACHE_BYTES = 64 << 20  # of embeddings; an image of 1344 x 1344 pixels takes 31 MiB
 
 Float32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], bool | None]  # (crops or tokens done, in all); False cancels
 _ROLES = {IMAGE: VISION, AUDIO: AUDIO_ROLE}
-_NOUNS = {IMAGE: "images", AUDIO: "sounds"}
+_NOUNS = {IMAGE: "images", AUDIO: "sounds", VIDEO: "videos"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class MediaInput:
     """An image or a sound as its encoder takes it."""
 
     kind: str
-    label: str  # such as "image 1"
+    label: str  # such as "image 1", or "video 1, frame 3"
     n_tokens: int
     digest: bytes  # of all that its embeddings depend on
     data: Crops | Float32 | None
@@ -56,12 +58,40 @@ class MediaInput:
         return replace(self, data=None)
 
 
+@dataclass(frozen=True)
+class MediaInputs:
+    """All media of a prompt, in the order of their tokens."""
+
+    items: list[MediaInput]
+    n_frames: dict[str, int]  # of videos that have fewer than were asked for, by the field of their MediaPart
+    warnings: tuple[str, ...]  # for people
+
+    @property
+    def sizes(self) -> str:
+        """What each part takes, all frames of a video together, as the end of a sentence."""
+        totals: dict[str, int] = {}
+        for item in self.items:
+            label = item.label.partition(",")[0]
+            totals[label] = totals.get(label, 0) + item.n_tokens
+        return "".join(f", {label} takes {total}" for label, total in totals.items())
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderRun:
+    """What ran an encoder, and what there is to tell about it."""
+
+    provider: str
+    warnings: tuple[str, ...]
+
+
 class Media:
     """What a bundle needs for images and sounds.  Encoders are opened on first use, and kept until :meth:`release`.
 
-    bundle: None for a model file alone, which takes no media.
+    bundle: None for a model file alone, which takes no media.  provider: what runs the encoders, "auto" or a name in
+    ``providers.PROVIDERS``.  free_memory: tells how many bytes there are for an encoder; None is enough.
 
-    Raises BundleError for numbers or placeholders of the manifest that cannot be meant.
+    Raises BundleError for numbers or placeholders of the manifest that cannot be meant, UsageError and UnsupportedError
+    for a provider.
     """
 
     def __init__(
@@ -70,39 +100,69 @@ class Media:
         hidden_size: int,
         threads: int,
         special_tokens: Mapping[str, int] | None = None,
+        *,
+        provider: str = AUTO,
+        free_memory: FreeMemory | None = None,
     ) -> None:
         self._bundle = bundle
         self._hidden_size = hidden_size
-        self._threads = threads
+        self._options: dict[str, Any] = {"threads": threads, "provider": provider, "free_memory": free_memory}
         self._encoders: dict[str, VisionEncoder | AudioEncoder] = {}
         self._cache = _RowCache(CACHE_BYTES)
         self._numbers: dict[str, Any] = {}
         self.kinds = kinds_of(bundle)
         self.placeholders = {} if bundle is None else _placeholders(bundle, self.kinds, special_tokens or {})
+        if self.kinds:
+            check_provider(provider)
+        else:
+            check_name(provider)
         self._check_files()
 
     def require(self, parts: Sequence[MediaPart]) -> None:
         """InputError for media that this model cannot take, or too many of them; nothing is opened for that."""
         for kind, noun in _NOUNS.items():
-            n_parts = sum(part.kind == kind for part in parts)
-            if n_parts and kind not in self.kinds:
+            theirs = [part for part in parts if part.kind == kind]
+            if theirs and theirs[0].placeholder not in self.kinds:
                 raise no_encoder(kind, self._bundle)
-            if n_parts > MAX_PARTS:
-                raise InputError(
-                    f"the conversation has {n_parts} {noun}, and {MAX_PARTS} are allowed", hint="begin a new one"
-                )
+            counts = [(len(theirs), noun, MAX_PARTS)]
+            if kind == VIDEO:
+                counts.append((sum(part.n_items for part in theirs), "frames of videos", MAX_FRAMES))
+            for n_found, what, n_allowed in counts:
+                if n_found > n_allowed:
+                    raise InputError(
+                        f"the conversation has {n_found} {what}, and {n_allowed} are allowed", hint="begin a new one"
+                    )
 
-    def read(self, part: MediaPart, branch: Branch | None, max_crops: int | None = None) -> MediaInput:
-        """Decodes an image or a sound and computes what its encoder takes.
+    def read_all(
+        self, parts: Sequence[MediaPart], branch: Branch | None, max_crops: int | None, room: int
+    ) -> MediaInputs:
+        """As :meth:`read`, for a prompt with room for so many tokens of media: what is beyond keeps its size alone."""
+        items: list[MediaInput] = []
+        n_frames: dict[str, int] = {}
+        warnings: list[str] = []
+        for part in parts:
+            found = self.read(part, branch, max_crops)
+            for item in found:
+                room -= item.n_tokens
+                items.append(item if room > 0 else item.without_data())  # the prompt will be refused
+            if len(found) < part.n_items:
+                n_frames[part.field] = len(found)
+                if part.frames is not None:
+                    warnings.append(f"{part.label} has {len(found)} frames to take, and {part.frames} were asked for")
+        return MediaInputs(items, n_frames, tuple(warnings))
 
-        branch: the projector for a sound.  max_crops: at most so many crops for an image; None is what the model knows.
+    def read(self, part: MediaPart, branch: Branch | None, max_crops: int | None = None) -> list[MediaInput]:
+        """Decodes an image, a sound or a video and computes what the encoder takes; of a video, for each frame.
+
+        branch: the projector for a sound.  max_crops: at most so many crops for an image, or for all frames of a video,
+        of which each has one at least; None is what the model knows.
 
         Raises FileError, InputError, UnsupportedError, BundleError.
         """
         try:
-            if part.kind == IMAGE:
-                return self._read_image(part, max_crops)
-            return self._read_sound(part, branch)
+            if part.kind == VIDEO:
+                return self._read_video(part, max_crops)
+            return [self._read_image(part, max_crops) if part.kind == IMAGE else self._read_sound(part, branch)]
         except InputError as error:
             named = isinstance(part.source, str | os.PathLike)
             path, field = (os.fspath(part.source), "") if named else ("", part.field)
@@ -115,6 +175,19 @@ class Media:
         digest = _digest(IMAGE, crops.pixel_values, crops.patch_mask, np.array(crops.grid))
         return MediaInput(IMAGE, part.label, crops.n_tokens, digest, crops, None)
 
+    def _read_video(self, part: MediaPart, max_crops: int | None) -> list[MediaInput]:
+        """There may be fewer frames than were asked for.  Each is cut when it comes, as large frames take memory."""
+        from phi4edge.image_processor import crop_budget
+        from phi4edge.video_files import video_frames
+
+        budget = crop_budget(self._image_numbers(), max_crops)
+        return [
+            self._read_image(
+                MediaPart(IMAGE, frame.image, f"{part.label}, frame {frame.index + 1}"), max(1, budget // frame.count)
+            )
+            for frame in video_frames(part.source, part.n_items)
+        ]
+
     def _read_sound(self, part: MediaPart, branch: Branch | None) -> MediaInput:
         from phi4edge.audio_processor import load_audio, log_mels, n_tokens
 
@@ -123,8 +196,12 @@ class Media:
             AUDIO, part.label, n_tokens(len(features)), _digest(f"{AUDIO} {branch}", features), features, branch
         )
 
-    def encode(self, item: MediaInput, progress: Progress | None = None) -> Float32:
+    def encode(
+        self, item: MediaInput, progress: Progress | None = None, runs: dict[str, EncoderRun] | None = None
+    ) -> Float32:
         """The embeddings, float32 [n_tokens, hidden]; from the cache if they were computed lately.
+
+        runs: gets an entry, by the encoder's role in the bundle, when one had to run.
 
         Raises FileError, BundleError, OutOfMemoryError, UnsupportedError, Cancelled.
         """
@@ -136,7 +213,13 @@ class Media:
                     f"gives {list(rows.shape)} embeddings for {item.n_tokens} tokens", path=self._path(item.kind)
                 )
             self._cache.put(item.digest, rows)
+            if runs is not None:
+                runs[_ROLES[item.kind]] = self._run_of(item.kind)
         return rows
+
+    def _run_of(self, kind: str) -> EncoderRun:
+        encoder = self._encoders[kind]
+        return EncoderRun(encoder.provider or AUTO, encoder.warnings)
 
     def release(self) -> None:
         """Gives the memory of the encoders and of their outputs back; they are opened again when needed."""
@@ -178,16 +261,16 @@ class Media:
 
     def _vision(self) -> VisionEncoder:
         encoder = self._encoders.get(IMAGE)
-        if not isinstance(encoder, VisionEncoder):
-            encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, threads=self._threads)
+        if not isinstance(encoder, VisionEncoder) or not encoder.is_open:
+            encoder = VisionEncoder(self._path(IMAGE), self._hidden_size, **self._options)
             self._require_crop_size(encoder)
             self._encoders[IMAGE] = encoder
         return encoder
 
     def _audio(self) -> AudioEncoder:
         encoder = self._encoders.get(AUDIO)
-        if not isinstance(encoder, AudioEncoder):
-            encoder = AudioEncoder(self._path(AUDIO), self._hidden_size, threads=self._threads)
+        if not isinstance(encoder, AudioEncoder) or not encoder.is_open:
+            encoder = AudioEncoder(self._path(AUDIO), self._hidden_size, **self._options)
             self._encoders[AUDIO] = encoder
         return encoder
 
@@ -254,7 +337,7 @@ def kinds_of(bundle: Bundle | None) -> frozenset[str]:
 
 
 def no_encoder(kind: str, bundle: Bundle | None, *, field: str = "") -> InputError:
-    """The error for a model that cannot take images, or sounds."""
+    """The error for a model that cannot take images, sounds, or videos."""
     if bundle is None:
         hint = "'phi4edge convert' makes a bundle of a Phi-4-multimodal checkpoint, which reads them"
         return InputError(f"a model file alone reads text, not {_NOUNS[kind]}", field=field, hint=hint)

@@ -23,12 +23,13 @@ from phi4edge.adapters import AdapterSet, checked_scale
 from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.errors import InputError, UsageError
-from phi4edge.expanded import Key, Steps, expand, length
+from phi4edge.expanded import Steps, expand, length
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.info import check_options, choose_context, context_warnings
 from phi4edge.media import Media, MediaInput
-from phi4edge.prompt import ChatTemplate, media_parts
+from phi4edge.prompt import ChatTemplate, media_parts, with_frames
 from phi4edge.router import IMAGE, TEXT, Router
+from phi4edge.session import Growth, Session, token_ids
 from phi4edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,15 +47,18 @@ def load(
     threads: int | None = None,
     kv_type: str = "f16",
     isa: str = "",
+    provider: str = "auto",
     check_memory: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a GGUF model, or the one in a bundle directory, whose adapters are there by name and read when first used.
 
-    context: tokens that a conversation may have; None takes what the model was trained on, at most 4096.
+    context: tokens that a conversation may have, for which there must be memory at once; None: as many as the model was
+        trained on, as far as there is memory.
     threads: None takes the physical cores that this process may use.
     kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
+    provider: what runs the encoders of images and sounds: ``"auto"``, ``"cpu"``, or another of ``encoder_providers()``.
     progress: called with (bytes done, bytes in all).
 
     Raises FileError, BundleError, OutOfMemoryError (before anything large is allocated), UnsupportedError, UsageError,
@@ -69,9 +73,12 @@ def load(
     config = _core.read_config(file)
     metadata = file.metadata
     tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
-    media = Media(bundle, config.hidden_size, n_threads, tokenizer.special_tokens)
+    free_memory = _core.available_memory if check_memory else None
+    media = Media(
+        bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
+    )
     template = _template(metadata, tokenizer, media.placeholders, os.fspath(path))
-    n_context = choose_context(config, context)
+    n_context = choose_context(config, context)  # to begin with
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
     core = _core.Model(file, n_threads, isa, progress)
@@ -85,13 +92,14 @@ def load(
         tokenizer,
         template,
         metadata,
-        n_context,
+        context or config.context_length,
         kv_type,
         load_seconds,
         tuple(warnings),
         router=router,
         media=media,
         adapter_files={} if bundle is None else bundle.adapters(),
+        first_context=n_context,
         check_memory=check_memory,
     )
 
@@ -124,85 +132,6 @@ def _template(
     )
 
 
-class Session:
-    """One sequence of tokens and embeddings, and its KV cache.  Sessions of a model share its weights."""
-
-    def __init__(self, core: _core.Session, model: _core.Model) -> None:
-        self._core = core
-        self._keys: list[Key] = []
-        self.model = model
-        self.turn = object()  # the answer that owns the sequence
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """What the sequence has; -1 for each embedding of an image or a sound."""
-        return tuple(key if isinstance(key, int) else -1 for key in self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def extend(
-        self, tokens: Sequence[int], logits: str = "last", progress: Progress | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Appends tokens; float32 [0, 1 or n, vocab] for logits ``"none"``, ``"last"`` or ``"all"``.
-
-        Raises InputError when they do not fit or do not exist, Cancelled; then nothing has changed.
-        """
-        ids = token_ids(tokens)
-        self._core.truncate(len(self._keys))  # an interrupt may have come between the next two lines
-        rows = self._core.extend(np.array(ids, dtype=np.int32), logits, progress)
-        self._keys += ids
-        return rows
-
-    def extend_embeddings(
-        self,
-        embeddings: npt.NDArray[np.float32],
-        keys: Sequence[Key],
-        logits: str = "last",
-        progress: Progress | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Appends rows, float32 [n, hidden], in place of tokens; ``keys`` say what each row is.  As :meth:`extend`."""
-        if len(keys) != len(embeddings):
-            raise InputError(f"{len(embeddings)} rows have {len(keys)} keys", field="keys")
-        self._core.truncate(len(self._keys))
-        rows = self._core.extend_embeddings(embeddings, logits, progress)
-        self._keys += keys
-        return rows
-
-    def reuse(self, keys: Sequence[Key], ends: Sequence[int] = ()) -> int:
-        """Keeps the longest common prefix with ``keys`` but leaves one of them to compute.
-
-        ends: the lengths after each of the extensions that will follow; by default there is one.
-
-        Returns how many of the kept ones need no computing then: none when RoPE factors change on the way.
-        """
-        limit = min(len(self._keys), len(keys) - 1)
-        n_common = next((i for i in range(limit) if self._keys[i] != keys[i]), max(limit, 0))
-        self.truncate(n_common)
-        return min([n_common, *(self._core.n_reusable(end) for end in ends or [len(keys)] if end > n_common)])
-
-    def truncate(self, n_tokens: int) -> None:
-        if not 0 <= n_tokens <= len(self._keys):
-            raise InputError(f"cannot keep {n_tokens} of {len(self._keys)} tokens")
-        del self._keys[n_tokens:]
-        self._core.truncate(n_tokens)
-
-    def computes_all_again(self) -> bool:
-        """Whether one more token makes the whole sequence be computed again (see LongRoPE)."""
-        return bool(self._keys) and self._core.n_reusable(len(self._keys) + 1) == 0
-
-    def clear(self) -> None:
-        self.truncate(0)
-
-    def use(self, adapter: _core.Adapter | None, scale: float = 1.0) -> None:
-        """The adapter for the whole sequence, from the next ``extend`` on, which computes again what was without it."""
-        self._core.set_adapter(adapter, scale)
-
-    def cancel(self) -> None:
-        """Ends the ``extend`` that runs in another thread, which raises Cancelled there."""
-        self._core.cancel()
-
-
 class Model:
     """Weights, tokenizer and chat template of one model, with one conversation of its own; made by :func:`load`.
 
@@ -224,13 +153,14 @@ class Model:
         router: Router,
         media: Media,
         adapter_files: Mapping[str, str | os.PathLike[str]] | None = None,
+        first_context: int,
         check_memory: bool = True,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
         self.template = template
         self.metadata = metadata
-        self.context = context
+        self.context = context  # tokens that a sequence may have
         self.kv_type = kv_type
         self.last: Generation | None = None  # of the latest stream() or generate()
         self.config = core.config
@@ -245,6 +175,7 @@ class Model:
         self._media = media
         # Token -> "image" or "audio": tokens that stand for media in a prompt, and are never part of an answer.
         self._placeholders = {tokenizer.special_tokens[text]: kind for kind, text in media.placeholders.items()}
+        self._first_context = first_context  # of a sequence that is new
         self._check_memory = check_memory
         self._adapters: AdapterSet[_core.Adapter] = AdapterSet(adapter_files or {})
 
@@ -318,10 +249,12 @@ class Model:
         core = self._require_core()
 
         def read(path: str | os.PathLike[str]) -> _core.Adapter:
-            available = _core.available_memory() if self._check_memory else 2**64 - 1
-            return _core.Adapter(core, _core.GgufFile(path), available, progress)
+            return _core.Adapter(core, _core.GgufFile(path), self._available_memory(), progress)
 
         return read
+
+    def _available_memory(self) -> int:
+        return _core.available_memory() if self._check_memory else 2**64 - 1
 
     @property
     def kv_bytes(self) -> int:
@@ -341,11 +274,12 @@ class Model:
 
         The adapter is for ``Session.extend``; :meth:`stream` sets the one that it was asked for.
         """
-        return self._new_session(self.context, self._adapter(adapter), checked_scale(adapter_scale))
+        return self._new_session(self._first_context, self._adapter(adapter), checked_scale(adapter_scale))
 
     def _new_session(self, context: int, adapter: _core.Adapter | None, scale: float) -> Session:
         core = self._require_core()
-        session = Session(_core.Session(core, context, self.kv_type), core)
+        growth = Growth(self.context, self._kv_bytes(1), self._available_memory)
+        session = Session(_core.Session(core, context, self.kv_type), core, growth)
         session.use(adapter, scale)
         return session
 
@@ -353,7 +287,10 @@ class Model:
         return None if name is None else self._adapters.get(name, self._adapter_reader())
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a prompt: a user's text, messages, or ids as they are.  An image or a sound is one id here."""
+        """Token ids of a prompt: a user's text, messages, or ids as they are.
+
+        An image or a sound is one id here, a video one for each frame that is asked for; none of them is read.
+        """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Mapping):
@@ -395,7 +332,7 @@ class Model:
         request = self._request(prompt, adapter, adapter_scale, max_crops)
         if session is None:
             session = self._new_session(len(request.prompt.keys), request.loaded, request.scale)
-        return self._prefill(self._owned(session), request, None)
+        return self._prefill(self._owned(session), request, None, 0)
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
         """The whole answer; see :meth:`stream`."""
@@ -419,14 +356,17 @@ class Model:
 
         prompt: one user message, messages for the chat template, or token ids.  Where ``modalities`` allows it, the
             content of a message may be a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``
-            (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]) and ``{"type": "audio",
-            "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz).
+            (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]), ``{"type": "audio",
+            "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz) and ``{"type": "video",
+            "video": ..., "frames": 8}`` (a path, or the bytes of a file), of which so many frames are taken as images,
+            evenly over its duration; its sound is not heard.
         progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
             that is encoded count twice.
         adapter: one of ``adapters``, for the prompt and the answer; None is the one that the bundle has for what the
             prompt holds: none for text.
         adapter_scale: multiplies what the adapter adds; any finite number.
-        max_crops: of each image, at most what the model was made for; fewer take less time, and show less.
+        max_crops: of each image, and of all frames of a video together, at most what the model was made for; fewer take
+            less time, and show less.
         session: of this model; None is its own one.
         overrides: fields of GenerationConfig.
         What the prompt has in common with the one before is not computed again if the adapter and scale are the same.
@@ -458,24 +398,21 @@ class Model:
         messages: Any = prompt
         parts = [] if isinstance(prompt, str) or not _is_chat(prompt) else media_parts(messages)
         self._media.require(parts)
-        route = self._router.route({part.kind for part in parts}, adapters=self.adapters, override=adapter)
-        items: list[MediaInput] = []
-        n_tokens = len(tokens)
-        for part in parts:
-            item = self._media.read(part, route.audio_branch, max_crops)
-            n_tokens += item.n_tokens - 1
-            items.append(item if n_tokens < self.context else item.without_data())  # this will not be encoded
-        expanded = expand(tokens, self._placeholders, items)
+        route = self._router.route({part.placeholder for part in parts}, adapters=self.adapters, override=adapter)
+        room = self.context - len(tokens) + sum(part.n_items for part in parts)
+        read = self._media.read_all(parts, route.audio_branch, max_crops, room)
+        if read.n_frames:
+            tokens = self.encode(with_frames(messages, read.n_frames))
+        expanded = expand(tokens, self._placeholders, read.items)
         if len(expanded.keys) >= self.context:
-            sizes = "".join(f", {item.label} takes {item.n_tokens}" for item in items)
-            fewer = " or its images, allow fewer crops" if any(item.kind == IMAGE for item in items) else ""
+            fewer = " or its images, allow fewer crops" if any(item.kind == IMAGE for item in read.items) else ""
             raise InputError(
                 f"the prompt has {len(expanded.keys)} tokens and the context holds {self.context}, the answer included"
-                + sizes,
+                + read.sizes,
                 hint=f"shorten the prompt{fewer}, or load the model with a larger context",
             )
         loaded = self._adapter(route.adapter)
-        return Request(expanded, route, checked_scale(scale), loaded, time.perf_counter() - started)
+        return Request(expanded, route, checked_scale(scale), loaded, time.perf_counter() - started, read.warnings)
 
     def _sampler(self, config: GenerationConfig) -> _core.Sampler:
         options = _core.SamplerOptions(
@@ -505,35 +442,46 @@ class Model:
         return session
 
     def _prefill(
-        self, session: Session, request: Request, progress: Progress | None, answer: Answer | None = None
+        self,
+        session: Session,
+        request: Request,
+        progress: Progress | None,
+        n_answer: int,
+        answer: Answer | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Brings the session to the end of the prompt, and returns the logits there, [vocab]."""
+        """Brings the session to the end of the prompt, with room for an answer, and returns the logits there, [vocab].
+
+        Everything is appended first and computed at once: each call of the decoder reads all weights.
+        """
         prompt = request.prompt
         session.use(request.loaded, request.scale)
-        n_cached = session.reuse(prompt.keys, prompt.ends)
-        steps = Steps(progress, prompt, len(session))
-        logits = None
+        n_cached = session.reuse(prompt.keys)
+        session.reserve(len(prompt.keys) + n_answer)
+        steps = Steps(progress, prompt, len(session), n_cached)
+        runs = None if answer is None else answer.encoder_runs
         encoder_seconds = 0.0
         begin = 0
         for piece in prompt.pieces:
             end = begin + length(piece)
             n_kept = max(0, len(session) - begin)
-            begin = end
-            if len(session) >= end:
-                continue
-            which = "last" if end == len(prompt.keys) else "none"
-            if isinstance(piece, MediaInput):
+            is_last = end == len(prompt.keys)
+            if isinstance(piece, MediaInput) and len(session) < end:
                 started = time.perf_counter()
-                rows = self._media.encode(piece, steps.next(piece.n_tokens))
+                rows = self._media.encode(piece, steps.encoder(piece), runs)[n_kept:]
                 encoder_seconds += time.perf_counter() - started
-                keys = prompt.keys[end - piece.n_tokens + n_kept : end]
-                logits = session.extend_embeddings(rows[n_kept:], keys, which, steps.next(len(keys)))
-            else:
-                logits = session.extend(piece[n_kept:], which, steps.next(len(piece) - n_kept))
+                keys = prompt.keys[begin + n_kept : end]
+                if is_last:
+                    logits = session.extend_embeddings(rows, keys, progress=steps.decoder())
+                else:
+                    session.append_embeddings(rows, keys)
+                del rows  # the session has a copy
+            elif not isinstance(piece, MediaInput) and is_last:
+                logits = session.extend(piece[n_kept:], progress=steps.decoder())
+            elif not isinstance(piece, MediaInput):
+                session.append(piece[n_kept:])
+            begin = end
         if answer is not None:
             answer.cached_tokens, answer.encoder_seconds = n_cached, encoder_seconds
-        if logits is None:
-            raise InputError("the prompt has no tokens")
         row: npt.NDArray[np.float32] = logits[0]
         return row
 
@@ -541,7 +489,7 @@ class Model:
         turn = session.turn = object()
         try:
             started = time.perf_counter()
-            logits = self._prefill(session, answer.request, progress, answer)
+            logits = self._prefill(session, answer.request, progress, answer.n_expected, answer)
             answer.prefill_seconds = time.perf_counter() - started - answer.encoder_seconds
             for key in answer.request.prompt.keys:
                 if isinstance(key, int):
@@ -581,15 +529,3 @@ class Model:
 def _is_chat(prompt: Any) -> bool:
     """Whether a prompt goes through the chat template: a text or messages, not token ids."""
     return isinstance(prompt, str) or isinstance(prompt[0], Mapping)
-
-
-def token_ids(tokens: Sequence[int]) -> list[int]:
-    """Token ids as plain integers; InputError names the one that is none, or that no vocabulary can have."""
-    ids = []
-    for i, token in enumerate(tokens):
-        if isinstance(token, bool) or not isinstance(token, int | np.integer):
-            raise InputError(f"must be a token id, got {type(token).__name__}", field=f"prompt[{i}]")
-        if not -(2**31) <= token < 2**31:
-            raise InputError(f"{token} is no token id", field=f"prompt[{i}]")
-        ids.append(int(token))
-    return ids

@@ -5,7 +5,8 @@ special tokens that occur in messages are broken with a mark, a private-use char
 template is rendered; and where marks come out, the text is plain. Template logic that searches a *message* for the text
 of a special token does not find it.
 
-An image or a sound in a message becomes the special token that stands for its kind, once, without marks.
+An image or a sound in a message becomes the special token that stands for its kind, once, without marks; a video one
+for each of its frames, which are images.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from phi4edge.errors import BundleError, InputError
 from phi4edge.template_sandbox import RaisedByTemplateError, SandboxedTemplate, TemplateError, TemplateLimits
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and "tools" on a system message
-# Types of parts, in the order in which a message shows them; each has its source under this name.
+# Kinds of placeholders, in the order in which a message shows them.
 MEDIA = ("image", "audio")
+# Types of parts and what stands for them; each part has its source under the name of its type.
+PART_TYPES = {"image": "image", "audio": "audio", "video": "image"}
+DEFAULT_FRAMES = 8  # of a video
+MAX_FRAMES = 64  # of all videos in a conversation
 
 # The format of Phi-4-mini and Phi-4-multimodal, for files that bring no template.
 _PHI4_SOURCE = """
@@ -55,27 +60,52 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class MediaPart:
-    """An image or a sound in a message."""
+    """An image, a sound or a video in a message."""
 
-    kind: str  # "image" or "audio"
+    kind: str  # of PART_TYPES
     source: Any
     label: str  # "image 1" is the first of the conversation
     field: str = ""  # where it stands, for messages
+    frames: int | None = None  # of a video, as far as somebody said how many
+
+    @property
+    def placeholder(self) -> str:
+        """The kind of its tokens."""
+        return PART_TYPES[self.kind]
+
+    @property
+    def n_items(self) -> int:
+        """How many tokens stand for it."""
+        return (self.frames or DEFAULT_FRAMES) if self.kind == "video" else 1
 
 
 def media_parts(messages: Sequence[Message]) -> list[MediaPart]:
-    """The images and sounds of messages that a template took, in the order of their tokens in the prompt."""
-    numbers = dict.fromkeys(MEDIA, 0)
+    """The images, sounds and videos of messages that a template took, in the order of their tokens in the prompt."""
+    numbers = dict.fromkeys(PART_TYPES, 0)
     found: list[MediaPart] = []
     for i, message in enumerate(messages):
         parts = _parts_of(message)
-        for kind in MEDIA:
+        for placeholder in MEDIA:
             for j, part in enumerate(parts):
-                if part["type"] == kind:
+                kind = part["type"]
+                if PART_TYPES.get(kind) == placeholder:
                     numbers[kind] += 1
                     label, field = f"{kind} {numbers[kind]}", f"messages[{i}].content[{j}].{kind}"
-                    found.append(MediaPart(kind, part[kind], label, field))
+                    frames = part.get("frames") if kind == "video" else None
+                    found.append(MediaPart(kind, part[kind], label, field, frames))
     return found
+
+
+def with_frames(messages: Sequence[Message], n_frames: Mapping[str, int]) -> list[Message]:
+    """Messages that a template took, with other numbers of frames; a video is named by the field of its MediaPart."""
+    changed: list[Message] = []
+    for i, message in enumerate(messages):
+        parts: list[Mapping[str, Any]] = []
+        for j, part in enumerate(_parts_of(message)):
+            frames = n_frames.get(f"messages[{i}].content[{j}].video")
+            parts.append(part if frames is None else {**part, "frames": frames})
+        changed.append({**message, "content": parts} if parts else message)
+    return changed
 
 
 class ChatTemplate:
@@ -120,11 +150,11 @@ class ChatTemplate:
     def segments(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[Segment]:
         """The prompt of a conversation, split so that special tokens typed in a message stay text.
 
-        ``content`` is a text or a list of ``{"type": "text", "text": ...}``, and of ``{"type": "image", "image": ...}``
-        or ``{"type": "audio", "audio": ...}`` where there are placeholders. Those stand before the text of their
-        message, images first, as the models were trained; what they hold is not looked at here. A message that cannot
-        be used, an empty prompt, or one that the template refuses is an InputError; a template that fails or exceeds
-        its limits a BundleError.
+        ``content`` is a text or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``,
+        ``{"type": "audio", "audio": ...}`` or ``{"type": "video", "video": ..., "frames": 8}`` where there are
+        placeholders. Those stand before the text of their message, images and frames first, as the models were trained;
+        what they hold is not looked at here. A message that cannot be used, an empty prompt, or one that the template
+        refuses is an InputError; a template that fails or exceeds its limits a BundleError.
         """
         text, mark = self._render(messages, add_generation_prompt)
         return self._marks.split(text, mark)
@@ -138,7 +168,7 @@ class ChatTemplate:
         mark = _unused_character([*_strings(checked), self.source or "", self._bos, self._eos])
         guarded = self._marks.guard(checked, mark)
         for message, original in zip(guarded, messages, strict=True):
-            kinds = [part["type"] for part in _parts_of(original)]
+            kinds = [kind for part in _parts_of(original) for kind in _placeholders_of(part)]
             shown = "".join(self._placeholders[kind] * kinds.count(kind) for kind in MEDIA if kind in kinds)
             if shown:
                 message["content"] = shown + message["content"]
@@ -182,12 +212,18 @@ def _parts_of(message: Message) -> Sequence[Mapping[str, Any]]:
     return () if content is None or isinstance(content, str) else content
 
 
+def _placeholders_of(part: Mapping[str, Any]) -> list[str]:
+    """The kinds of the tokens that stand for a checked part."""
+    kind = PART_TYPES.get(part["type"])
+    return [] if kind is None else [kind] * MediaPart(part["type"], None, "", frames=part.get("frames")).n_items
+
+
 def _checked_messages(messages: object, max_bytes: int, kinds: Collection[str]) -> list[dict[str, Any]]:
     """Plain copies, with ``content`` as one text, or None beside tool calls."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InputError(f"must be a list of messages, got {type(messages).__name__}", field="messages")
     checked = [_checked_message(message, f"messages[{i}]", kinds) for i, message in enumerate(messages)]
-    has_media = any(part["type"] in MEDIA for message in messages for part in _parts_of(message))
+    has_media = any(part["type"] in PART_TYPES for message in messages for part in _parts_of(message))
     if not has_media and not any(message["content"] or message.get("tool_calls") for message in checked):
         raise InputError("the prompt is empty", field="messages", hint="write something in a message's content")
     n_chars = sum(map(len, _strings(checked)))
@@ -232,16 +268,20 @@ def _checked_part(part: object, field: str, kinds: Collection[str]) -> str:
     if not isinstance(part, Mapping):
         raise InputError(f"must be a part with a type, got {type(part).__name__}", field=field)
     kind = part.get("type")
-    if isinstance(kind, str) and kind in kinds:
+    if isinstance(kind, str) and PART_TYPES.get(kind) in kinds:
         if part.get(kind) is None:
-            raise InputError("is missing", field=f"{field}.{kind}", hint="give a path, bytes or an array")
+            sources = "a path or bytes" if kind == "video" else "a path, bytes or an array"
+            raise InputError("is missing", field=f"{field}.{kind}", hint=f"give {sources}")
+        frames = part.get("frames") if kind == "video" else None
+        if frames is not None and (type(frames) is not int or not 1 <= frames <= MAX_FRAMES):
+            raise InputError(f"is {frames!r:.40}, expected 1 to {MAX_FRAMES}", field=f"{field}.frames")
         return ""
     if kind != "text":
-        readable = " and ".join(["text", *(each for each in MEDIA if each in kinds)])
+        readable = " and ".join(["text", *(each for each, stands in PART_TYPES.items() if stands in kinds)])
         raise InputError(
             f"is a part of type {str(kind)[:40]!r}, and this model reads only {readable}",
             field=field,
-            hint="images and audio need a bundle with encoders",
+            hint="images, audio and video need a bundle with encoders",
         )
     text = part.get("text")
     if not isinstance(text, str):

@@ -141,7 +141,7 @@ def our_embeddings(bundle: Path, model: Model, messages: list[Message], table: A
     """
     media = Media(Bundle.open(bundle), model.config.hidden_size, model.threads, model.tokenizer.special_tokens)
     kinds = {model.tokenizer.special_tokens[text]: kind for kind, text in media.placeholders.items()}
-    items = [media.read(part, branch) for part in media_parts(messages)]
+    items = [item for part in media_parts(messages) for item in media.read(part, branch)]
     pieces = expand(model.encode(messages), kinds, items).pieces
     return np.concatenate([table[piece] if isinstance(piece, list) else media.encode(piece) for piece in pieces])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,21 @@ def require(module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except ImportError as error:
-        reason = f"the peer '{module_name}' cannot be imported ({error})"
-        if os.environ.get(REQUIRED, "") not in ("", "0"):
-            pytest.fail(f"{reason}, and {REQUIRED} is set", pytrace=False)
-        pytest.skip(f"{reason}; install it to run this comparison")
+        _missing(f"the peer '{module_name}' cannot be imported ({error})", "install it to run this comparison")
+
+
+def openvino() -> Path:
+    """A directory with OpenVINO's onnxruntime, whose module has the name of the usual one; else as :func:`require`."""
+    directory = Path(sys.prefix, ".openvino")
+    if not (directory / "onnxruntime").is_dir():
+        _missing(f"there is no onnxruntime of OpenVINO in {directory}", "'make test PEERS=1' installs it")
+    return directory
+
+
+def _missing(reason: str, hint: str) -> NoReturn:
+    if os.environ.get(REQUIRED, "") not in ("", "0"):
+        pytest.fail(f"{reason}, and {REQUIRED} is set", pytrace=False)
+    pytest.skip(f"{reason}; {hint}")
 
 
 _log_callback: Any = None  # llama.cpp keeps the pointer: it must outlive every call

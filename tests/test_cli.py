@@ -26,7 +26,7 @@ from phi4edge.generation import GenerationConfig
 from processes import COMMAND, DEADLINE, ENDLESSLY, ROOT, Terminal, endless_gguf, is_one_error_line, run
 from tiny_models import tiny_gguf
 
-COMMANDS = ("run", "chat", "convert", "verify", "info", "bench", "version")
+COMMANDS = ("run", "chat", "transcribe", "convert", "verify", "info", "bench", "version")
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,57 @@ def test_tokens_and_embedding_rows_mix_in_one_sequence(models: Path) -> None:
     assert relative_difference(session.extend(TOKENS[30:40]), expected[39:40]) <= 1e-5
 
 
+def test_appended_inputs_are_computed_with_the_next_extension(models: Path) -> None:
+    model = native(models)
+    rows = Reference(tiny_gguf(models, rotary_fraction=0.75)).embedding[TOKENS].astype(np.float32)
+    expected = session_of(model).extend(TOKENS, logits="all")
+    session = session_of(model)
+    session.append(TOKENS[:10])
+    session.append_embeddings(rows[10:33])
+    assert (session.n_tokens, session.n_reusable(40)) == (33, 0)
+    steps: list[tuple[int, int]] = []
+    session.extend(TOKENS[33:40], progress=lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (40, 40) and session.n_reusable(41) == 40
+    session.append(TOKENS[40:50])
+    session.truncate(45)  # of which 40 are computed
+    assert session.n_reusable(46) == 40
+    assert relative_difference(session.extend(TOKENS[45:], logits="all"), expected[45:]) <= 1e-5
+    for wrong in ([512], [-1]):
+        with pytest.raises(InputError, match=r"is not in 0\.\.511"):
+            session.append(np.array(wrong, np.int32))
+    with pytest.raises(InputError, match="context holds 128"):
+        session.append(np.zeros(54, np.int32))
+    assert session.n_tokens == N_TOKENS
+
+
+def test_an_extension_that_is_cancelled_keeps_what_was_appended(models: Path) -> None:
+    session = session_of(native(models))
+    session.append(TOKENS[:70])
+    with pytest.raises(Cancelled):
+        session.extend(TOKENS[70:], progress=lambda done, total: False)
+    assert session.n_tokens == 70
+    expected = session_of(native(models)).extend(TOKENS)
+    assert relative_difference(session.extend(TOKENS[70:]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_a_context_that_grows_keeps_what_was_computed(kv_type: str, models: Path) -> None:
+    model = native(models)
+    expected = _core.Session(model, 128, kv_type=kv_type).extend(TOKENS, logits="all")
+    session = _core.Session(model, 10, kv_type=kv_type)
+    session.extend(TOKENS[:9])
+    for n_context, end in ((11, 11), (40, 33), (40, 39), (75, 75)):
+        session.grow(n_context)
+        n_before = session.n_tokens
+        assert (session.n_context, session.n_reusable(end)) == (n_context, n_before)
+        logits = session.extend(TOKENS[n_before:end], logits="all")
+        assert relative_difference(logits, expected[n_before:end]) <= 1e-5
+    for n_context in (74, 0, -1, 1 << 25):
+        with pytest.raises(InputError, match="context of"):
+            session.grow(n_context)
+    assert session.n_context == 75 and session.n_tokens == 75
+
+
 def test_the_choice_of_logits_only_chooses_rows(models: Path) -> None:
     model = native(models)
     whole = session_of(model).extend(TOKENS, logits="all")

@@ -13,6 +13,7 @@ import pytest
 import phi4edge
 from phi4edge import _core
 from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UnsupportedError, UsageError
+from phi4edge.session import Growth, Session
 from tiny_models import tiny_gguf
 
 QUESTION = "Name three colours."
@@ -278,3 +279,24 @@ def test_longrope_crossings_are_counted_as_computed(tmp_path: Path) -> None:
         assert answer.usage.cached_tokens == 0
         again = crossing.generate(list(range(51)), max_tokens=1)
         assert again.usage.cached_tokens == 50
+
+
+def test_without_a_context_the_cache_grows_with_the_conversation(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, context=20_000)
+    prompt = np.random.default_rng(1).integers(0, 256, 4090).tolist()
+    with phi4edge.load(path, threads=2) as growing, phi4edge.load(path, context=6000, threads=2) as fixed:
+        assert (growing.context, fixed.context) == (20_000, 6000)
+        answer = growing.generate(prompt, max_tokens=40)
+        assert len(answer.tokens) == 40 and answer.tokens == fixed.generate(prompt, max_tokens=40).tokens
+        longer = [*prompt, *answer.tokens[:-1], *prompt[:600]]
+        second = growing.generate(longer, max_tokens=5)
+        assert second.usage.cached_tokens == len(prompt) + 39
+        assert second.tokens == fixed.generate(longer, max_tokens=5).tokens
+        with pytest.raises(InputError, match="context holds 20000"):
+            growing.generate(prompt * 5)
+    core = _core.Model(_core.GgufFile(path), 1)
+    session = Session(_core.Session(core, 16), core, Growth(1000, 1 << 20, lambda: 50 << 20))
+    session.extend(prompt[:50], logits="none")
+    with pytest.raises(OutOfMemoryError, match="60 tokens needs 60 MiB of memory, but 50 MiB are available"):
+        session.extend(prompt[50:60])
+    assert len(session) == 50

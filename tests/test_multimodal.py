@@ -229,7 +229,10 @@ def test_a_prompt_that_does_not_fit_says_what_each_part_takes(bundle: Path) -> N
     "part, problem",
     [
         ({"type": "image"}, r"content\[0\].image: is missing"),
-        ({"type": "video", "video": "a.mp4"}, "type 'video', and this model reads only text and image and audio"),
+        (
+            {"type": "document", "document": "a.pdf"},
+            "type 'document', and this model reads only text and image and audio",
+        ),
         ({"type": "image", "image": b"no image"}, r"messages\[0\].content\[0\].image: .*"),
         ({"type": "image", "image": 5}, r"messages\[0\].content\[0\].image: is "),
         ({"type": "audio", "audio": b""}, r"messages\[0\].content\[0\].audio: is empty"),

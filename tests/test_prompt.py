@@ -297,7 +297,7 @@ def test_a_wrong_message_is_named(messages: Any, field: str) -> None:
 
 
 def test_other_parts_say_that_encoders_are_needed() -> None:
-    with pytest.raises(InputError, match="images and audio need a bundle with encoders"):
+    with pytest.raises(InputError, match="images, audio and video need a bundle with encoders"):
         ChatTemplate(None).segments([{"role": "user", "content": [{"type": "input_audio"}]}])
 
 

@@ -108,6 +108,30 @@ void Session::check_room(int64_t n_new) const {
 
 void Session::extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress) {
   const OneAtATime guard(in_use_);
+  const int64_t n_before = this->n_tokens();
+  push(tokens, n_tokens);
+  compute(n_before, which, logits, progress);
+}
+
+void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits,
+                                const ForwardProgress& progress) {
+  const OneAtATime guard(in_use_);
+  const int64_t n_before = n_tokens();
+  push_rows(rows, n_rows);
+  compute(n_before, which, logits, progress);
+}
+
+void Session::append(const int32_t* tokens, int64_t n_tokens) {
+  const OneAtATime guard(in_use_);
+  push(tokens, n_tokens);
+}
+
+void Session::append_embeddings(const float* rows, int64_t n_rows) {
+  const OneAtATime guard(in_use_);
+  push_rows(rows, n_rows);
+}
+
+void Session::push(const int32_t* tokens, int64_t n_tokens) {
   check_room(n_tokens);
   for (int64_t i = 0; i < n_tokens; ++i) {
     if (tokens[i] < 0 || tokens[i] >= config().vocab_size) {
@@ -115,16 +139,12 @@ void Session::extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, f
                        std::to_string(config().vocab_size - 1));
     }
   }
-  const int64_t n_before = this->n_tokens();
   inputs_.insert(inputs_.end(), tokens, tokens + n_tokens);
-  compute(n_before, which, logits, progress);
 }
 
-void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits,
-                                const ForwardProgress& progress) {
-  const OneAtATime guard(in_use_);
+void Session::push_rows(const float* rows, int64_t n_rows) {
   check_room(n_rows);
-  const int64_t n_before = n_tokens(), hidden = config().hidden_size;
+  const int64_t hidden = config().hidden_size;
   for (int64_t i = 0; i < n_rows * hidden; ++i) {
     if (!std::isfinite(rows[i])) throw InputError("row " + std::to_string(i / hidden) + " of the embeddings is not finite");
   }
@@ -132,7 +152,6 @@ void Session::extend_embeddings(const float* rows, int64_t n_rows, LogitsFor whi
   inputs_.reserve(inputs_.size() + size_t(n_rows));  // so that the two grow together or not at all
   embedding_rows_.insert(embedding_rows_.end(), rows, rows + n_rows * hidden);
   for (int64_t i = 0; i < n_rows; ++i) inputs_.push_back(-1 - (first_row + i));
-  compute(n_before, which, logits, progress);
 }
 
 void Session::set_adapter(std::shared_ptr<const Adapter> adapter, double scale) {
@@ -176,6 +195,17 @@ void Session::truncate(int64_t n_tokens) {
   drop_inputs(n_tokens);
 }
 
+void Session::grow(int64_t n_context) {
+  const OneAtATime guard(in_use_);
+  if (checked_context(n_context) < n_context_) {
+    throw InputError(text("a context of ", n_context_, " tokens cannot shrink to ", n_context));
+  }
+  KvCache larger(config(), n_context, cache_.type());
+  larger.copy(cache_, n_cached_);
+  cache_ = std::move(larger);
+  n_context_ = n_context;
+}
+
 void Session::drop_inputs(int64_t n_kept) {
   int64_t n_rows = 0;
   for (int64_t i = 0; i < n_kept; ++i) n_rows += inputs_[size_t(i)] < 0;
@@ -195,11 +225,14 @@ void Session::compute(int64_t n_before, LogitsFor which, float* logits, const Fo
   int64_t n_logits = 0;
   try {
     for (int64_t first = n_cached_; first < n;) {
-      // A batch is either all old (computed again) or all new.
-      const int64_t limit = first < n_before ? n_before : n;
+      // Old inputs (those of append(), and those that are computed again) share a batch with new ones where these are not told
+      // apart afterwards.
+      const bool splits = which == LogitsFor::kAll || wants_squares_;
+      const int64_t limit = splits && first < n_before ? n_before : n;
       const int64_t batch = std::min(kBatch, limit - first);
       const bool last = first + batch == n;
-      const LogitsFor wanted = first < n_before || (which == LogitsFor::kLast && !last) ? LogitsFor::kNone : which;
+      const bool has_new = first + batch > n_before;
+      const LogitsFor wanted = !has_new || (which == LogitsFor::kLast && !last) ? LogitsFor::kNone : which;
       active_squares_ = wants_squares_ && first >= n_before ? squares_.get() : nullptr;
       forward(first, batch, wanted, wanted == LogitsFor::kNone ? nullptr : logits + n_logits * config().vocab_size);
       if (wanted == LogitsFor::kAll) n_logits += batch;

@@ -62,8 +62,14 @@ class Session {
   void extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress);
   // The same with rows of hidden_size floats in place of token embeddings.
   void extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits, const ForwardProgress& progress);
+  // Appends inputs that the next extension will compute together with its own.  Throws what extend() throws for them.
+  void append(const int32_t* tokens, int64_t n_tokens);
+  void append_embeddings(const float* rows, int64_t n_rows);
 
   void truncate(int64_t n_tokens);
+  // Room for n_context tokens from now on; what was computed stays.  Throws InputError when that is less than there is now, or
+  // more than any model has, and OutOfMemoryError; then nothing has changed.
+  void grow(int64_t n_context);
   // How many of the cached tokens an extension to n_tokens in all will use: none when LongRoPE changes sides, or the adapter
   // is another one.
   int64_t n_reusable(int64_t n_tokens) const { return regime_of(n_tokens) == cached_as_ ? n_cached_ : 0; }
@@ -101,6 +107,8 @@ class Session {
     return {original > 0 && n_tokens > original, adapter_ ? adapter_->id() : 0, adapter_scale_};
   }
   void check_room(int64_t n_new) const;
+  void push(const int32_t* tokens, int64_t n_tokens);
+  void push_rows(const float* rows, int64_t n_rows);
   void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
   void drop_inputs(int64_t n_kept);
   void forward(int64_t first, int64_t n, LogitsFor which, float* logits);

@@ -22,6 +22,7 @@ KvCache::KvCache(const ModelConfig& config, int64_t n_positions, KvType type)
       n_layers_(config.n_layers),
       head_dim_(config.head_dim),
       value_dim_(round_up16(config.head_dim)),
+      panel_bytes_(head_bytes_for(config, kPanelRows, type)),
       head_bytes_(head_bytes_for(config, n_positions, type)),
       layer_bytes_(head_bytes_ * size_t(config.n_kv_heads)) {
   keys_ = allocate_aligned<uint8_t>(layer_bytes_ * size_t(n_layers_), "the KV cache");
@@ -48,6 +49,16 @@ void KvCache::store(int64_t layer, int64_t kv_head, int64_t position, const floa
     auto* values = reinterpret_cast<float*>(v) + position * value_dim_;
     std::memcpy(values, value, size_t(head_dim_) * 4);
     std::memset(values + head_dim_, 0, size_t(value_dim_ - head_dim_) * 4);
+  }
+}
+
+void KvCache::copy(const KvCache& other, int64_t n_positions) {
+  const size_t n_bytes = panel_bytes_ * size_t((n_positions + kPanelRows - 1) / kPanelRows);
+  for (int64_t layer = 0; layer < n_layers_; ++layer) {
+    for (int64_t head = 0; head < int64_t(layer_bytes_ / head_bytes_); ++head) {
+      std::memcpy(keys_.get() + offset(layer, head), other.keys_.get() + other.offset(layer, head), n_bytes);
+      std::memcpy(values_.get() + offset(layer, head), other.values_.get() + other.offset(layer, head), n_bytes);
+    }
   }
 }
 

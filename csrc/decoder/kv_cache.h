@@ -21,6 +21,8 @@ class KvCache {
   // key and value: head_dim floats; key is already rotated.
   void store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value,
              const KernelTable& kernels);
+  // Takes over the first n_positions of a cache of the same model and type, which may have fewer positions.
+  void copy(const KvCache& other, int64_t n_positions);
   const void* keys(int64_t layer, int64_t kv_head) const;
   const void* values(int64_t layer, int64_t kv_head) const;
 
@@ -35,7 +37,7 @@ class KvCache {
 
   KvType type_;
   int64_t n_layers_, head_dim_, value_dim_;
-  size_t head_bytes_, layer_bytes_;
+  size_t panel_bytes_, head_bytes_, layer_bytes_;  // of the keys, or the values, of 16 positions, a head, a layer
   AlignedArray<uint8_t> keys_, values_;
 };
 

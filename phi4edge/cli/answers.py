@@ -72,6 +72,7 @@ def stats_lines(answer: Generation) -> list[str]:
         lines.append(
             f"media   {usage.image_tokens} image tokens, {usage.audio_tokens} audio tokens; "
             f"reading {timings.processor_seconds:.2f} s, encoders {timings.encoder_seconds:.2f} s"
+            + "".join(f", {role} on {provider}" for role, provider in answer.encoders.items())
         )
     if answer.merged_adapter is not None:
         lines.append(f"adapter {answer.merged_adapter}, merged into the weights")

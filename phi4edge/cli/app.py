@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from phi4edge.cli import bench, chat, convert, errors, imatrix, info, output, pull, quantize, run, verify, version
+from phi4edge.cli import (
+    bench,
+    chat,
+    convert,
+    errors,
+    imatrix,
+    info,
+    output,
+    pull,
+    quantize,
+    run,
+    transcribe,
+    verify,
+    version,
+)
 from phi4edge.cli.help import HelpfulCommand
 from phi4edge.cli.options import expand
 
@@ -19,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-for module in (run, chat, pull, convert, quantize, imatrix, verify, info, bench, version):
+for module in (run, chat, transcribe, pull, convert, quantize, imatrix, verify, info, bench, version):
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=HelpfulCommand, epilog=module.EXAMPLES)(expand(getattr(module, name)))
 

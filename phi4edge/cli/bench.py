@@ -22,7 +22,8 @@ from phi4edge.cli.loading import load_model
 from phi4edge.cli.options import Json, ModelPath, Runtime
 
 if TYPE_CHECKING:
-    from phi4edge.model import Model, Session
+    from phi4edge.model import Model
+    from phi4edge.session import Session
 
 EXAMPLES = """
     phi4edge bench model.gguf

@@ -26,10 +26,16 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
 
         try:
             model = load(
-                path, context=context, threads=threads, kv_type=runtime.kv_type.value, isa=runtime.isa, progress=bar
+                path,
+                context=context,
+                threads=threads,
+                kv_type=runtime.kv_type.value,
+                isa=runtime.isa,
+                provider=runtime.provider,
+                progress=bar,
             )
         except UsageError as error:
-            raise named_as_option(error, ("context", "kv_type", "threads")) from None
+            raise named_as_option(error, ("context", "kv_type", "provider", "threads")) from None
     for text in model.warnings:
         output.warn(f"{path}: {text}")
     return model

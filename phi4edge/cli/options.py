@@ -24,7 +24,7 @@ from phi4edge.errors import UsageError
 if TYPE_CHECKING:
     from phi4edge.generation import GenerationConfig
 
-_MEDIA, _ANSWER, _CHOICE, _MACHINE = "Images and sounds", "The answer", "How tokens are chosen", "The machine"
+_MEDIA, _ANSWER, _CHOICE, _MACHINE = "Images, sounds and videos", "The answer", "How tokens are chosen", "The machine"
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")]
 Context = Annotated[
@@ -33,7 +33,7 @@ Context = Annotated[
         "--context",
         "-c",
         metavar="TOKENS",
-        help="Room for the prompt and the answer. [default: 4096, or the model's maximum if that is less]",
+        help="Room for the prompt and the answer. [default: grows up to what the model was trained on]",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -79,11 +79,19 @@ class Runtime:
             show_default=False,
         ),
     ] = ""
+    provider: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the encoders of images and sounds: auto, or one that 'phi4edge version' lists.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True)
 class Attachments:
-    """Images and sounds that go with a prompt."""
+    """Images, sounds and videos that go with a prompt."""
 
     image: Annotated[
         list[str] | None,
@@ -97,36 +105,65 @@ class Attachments:
             rich_help_panel=_MEDIA,
         ),
     ] = None
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A video to look at, without its sound; may be repeated. --audio with the same file adds the sound.",
+            rich_help_panel=_MEDIA,
+        ),
+    ] = None
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Frames to take of a video, evenly over its duration. [default: 8]",
+            rich_help_panel=_MEDIA,
+            show_default=False,
+        ),
+    ] = None
     max_crops: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Crops to cut an image into; fewer take less time and show less. [default: what the model knows]",
+            help="Crops to cut an image, or all frames of a video together, into; fewer take less time and show less. "
+            "[default: what the model knows]",
             rich_help_panel=_MEDIA,
             show_default=False,
         ),
     ] = None
 
     def __post_init__(self) -> None:
-        if self.max_crops is not None and not self.image:
-            raise UsageError("there is no image", field="--max-crops", hint="give one with --image")
+        if self.max_crops is not None and not self.image and not self.video:
+            raise UsageError("there is no image", field="--max-crops", hint="give one with --image, or a --video")
+        if self.frames is not None:
+            from phi4edge.prompt import MAX_FRAMES
+
+            if not self.video:
+                raise UsageError("there is no video", field="--frames", hint="give one with --video")
+            if not 1 <= self.frames <= MAX_FRAMES:
+                raise UsageError(f"is {self.frames}, expected 1 to {MAX_FRAMES}", field="--frames")
 
     def require(self, path: str) -> None:
         """InputError when the model there is none for these attachments; it is not loaded for that."""
         from phi4edge.bundle import bundle_at
         from phi4edge.media import kinds_of, no_encoder
+        from phi4edge.prompt import PART_TYPES
 
-        bundle = bundle_at(path) if self.image or self.audio else None
-        for kind, files in (("image", self.image), ("audio", self.audio)):
-            if files and kind not in kinds_of(bundle) and (bundle is not None or Path(path).is_file()):
+        bundle = bundle_at(path) if self.image or self.audio or self.video else None
+        for kind, files in (("image", self.image), ("audio", self.audio), ("video", self.video)):
+            if files and PART_TYPES[kind] not in kinds_of(bundle) and (bundle is not None or Path(path).is_file()):
                 raise no_encoder(kind, bundle, field=f"--{kind}")
 
-    def content(self, text: str) -> str | list[dict[str, str]]:
+    def content(self, text: str) -> str | list[dict[str, Any]]:
         """What a message with this text and the attachments has as its content."""
-        files = [("image", file) for file in self.image or ()] + [("audio", file) for file in self.audio or ()]
-        if not files:
+        given = ("image", self.image), ("video", self.video), ("audio", self.audio)
+        parts: list[dict[str, Any]] = [{"type": kind, kind: file} for kind, files in given for file in files or ()]
+        if not parts:
             return text
-        parts = [{"type": kind, kind: file} for kind, file in files]
+        for part in parts:
+            if part["type"] == "video" and self.frames is not None:
+                part["frames"] = self.frames
         return [*parts, {"type": "text", "text": text}] if text else parts
 
 

@@ -34,6 +34,7 @@ EXAMPLES = """
     phi4edge run model.gguf "Summarize § 7." --adapter legal.lora.gguf
     phi4edge run BUNDLE "What is written here?" --image photo.jpg
     phi4edge run BUNDLE --image chart.png --audio question.wav
+    phi4edge run BUNDLE "What happens?" --video clip.mp4 --frames 8
     phi4edge run model.gguf --raw "Once upon a time" --max-tokens 64
 """
 
@@ -69,8 +70,8 @@ def run(
     """Answer one prompt."""
     if raw and system is not None:
         raise UsageError("a raw prompt has no place for a system message", field="--system", hint="leave it out")
-    if raw and (attachments.image or attachments.audio):
-        raise UsageError("a raw prompt has no place for images and sounds", field="--raw", hint="leave it out")
+    if raw and (attachments.image or attachments.audio or attachments.video):
+        raise UsageError("a raw prompt has no place for images, sounds and videos", field="--raw", hint="leave it out")
     config = sampling.config()
     text = "" if prompt is None and attachments.audio else read_prompt(prompt)
     attachments.require(model)

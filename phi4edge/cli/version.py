@@ -11,6 +11,7 @@ import phi4edge
 from phi4edge import machine
 from phi4edge.cli import output
 from phi4edge.cli.options import Json
+from phi4edge.errors import UnsupportedError
 
 EXAMPLES = """
     phi4edge version
@@ -35,6 +36,7 @@ def version(
         f"python   {facts['python']}, {facts['platform']}\n"
         f"cpu      {facts['cpu']}, {facts['physical_cores']} cores, {facts['available_cpus']} processors\n"
         f"isa      {', '.join(facts['isas']) or 'the compiled module is missing'}\n"
+        f"encoders {', '.join(facts['encoder_providers']) or 'onnxruntime is missing'}\n"
         f"memory   {'unknown' if memory is None else output.bytes_text(memory)}\n"
     )
 
@@ -49,6 +51,7 @@ def _facts() -> dict[str, Any]:
         "available_cpus": machine.available_cpus(),
         "memory_bytes": machine.total_memory(),
         "isas": _isas(),
+        "encoder_providers": _encoder_providers(),
     }
 
 
@@ -59,3 +62,13 @@ def _isas() -> list[str]:
     except ImportError:
         return []
     return isas()
+
+
+def _encoder_providers() -> list[str]:
+    """What can run encoders; nothing without onnxruntime."""
+    from phi4edge.encoders import encoder_providers
+
+    try:
+        return encoder_providers()
+    except UnsupportedError:
+        return []

@@ -7,8 +7,7 @@ import re
 import shlex
 import shutil
 import wave
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,54 +18,18 @@ from PIL import Image
 
 import phi4edge
 import processes
-from peers import require
-from phi4edge.audio_processor import AudioNumbers, load_audio, log_mels
+from conversations import ANSWER, MODES, RATE, Message, ask, picture, sound
+from media_oracle import MediaOracle, our_embeddings
+from phi4edge.audio_processor import load_audio
 from phi4edge.bundle import MANIFEST, Bundle
 from phi4edge.converters.convert import convert
 from phi4edge.errors import BundleError, Cancelled, InputError, UsageError
-from phi4edge.image_processor import ImageNumbers, load_image, process_image
+from phi4edge.image_processor import ImageNumbers
 from processes import is_one_error_line
-from reference import relative_difference
-from tiny_media import MediaShape, lora_tensors, media_model, tiny_multimodal
-from tiny_models import Array
+from reference import Reference, relative_difference
+from tiny_media import MediaShape, tiny_multimodal
 
 SHAPE = MediaShape()
-RATE = 16000
-Message = dict[str, Any]
-
-
-def picture(width: int, height: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def sound(seconds: float, seed: int = 0) -> tuple[Any, int]:
-    n_samples = int(seconds * RATE)
-    noise = np.random.default_rng(seed).standard_normal(n_samples)
-    return (0.2 * np.sin(0.1 * np.arange(n_samples)) + 0.05 * noise).astype(np.float32), RATE
-
-
-def ask(text: str, images: Sequence[Any] = (), sounds: Sequence[Any] = ()) -> Message:
-    parts = [{"type": "text", "text": text}] if text else []
-    parts += [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, *({"type": "audio", "audio": each} for each in sounds)]}
-
-
-ANSWER: Message = {"role": "assistant", "content": "the hat"}
-# Name -> messages, and the adapter that the original model uses.
-MODES: dict[str, tuple[list[Message], str | None]] = {
-    "text": ([ask("the cat sat on the mat")], None),
-    "an image": ([ask("the cat", [picture(150, 90)])], "vision"),
-    "three images of odd sizes": (
-        [ask("the cat", [picture(113, 112, 1), picture(60, 200, 2), picture(300, 120, 3)])],
-        "vision",
-    ),
-    "half a second": ([ask("the cat", sounds=[sound(0.5)])], "speech"),
-    "seven seconds, no text": ([ask("", sounds=[sound(7)])], "speech"),
-    "45 seconds, beyond the original context": ([ask("the cat", sounds=[sound(45)])], "speech"),
-    "an image and a sound": ([ask("", [picture(150, 90)], [sound(2)])], "vision"),
-    "text after an image": ([ask("the cat", [picture(90, 150)]), ANSWER, ask("on the mat")], "vision"),
-    "a sound, then an image": ([ask("", sounds=[sound(1)]), ANSWER, ask("the mat", [picture(50, 50)])], "vision"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -89,60 +52,24 @@ def model(bundle: Path) -> Iterator[phi4edge.Model]:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Any:
-    """The model of transformers with both adapters, in PEFT."""
-    torch, peft = require("torch"), require("peft")
-    torch.set_num_threads(2)
-
-    def config(rank: int) -> Any:
-        linears = r"model\.layers\.\d+\.(self_attn\.(qkv|o)|mlp\.(gate_up|down))_proj"
-        return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *arguments, **options: None)  # PEFT asks transformers for old names
-        adapted = peft.get_peft_model(media_model(SHAPE), config(SHAPE.vision_rank), adapter_name="vision")
-        adapted.add_adapter("speech", config(SHAPE.speech_rank))
-    for name in ("vision", "speech"):
-        tensors = lora_tensors(SHAPE, name)
-        state = {f"base_model.model.{key}": torch.from_numpy(rows) for key, rows in tensors.items()}
-        peft.set_peft_model_state_dict(adapted, state, adapter_name=name)
-    return adapted.eval()
-
-
-def oracle_logits(oracle: Any, tokens: Sequence[int], messages: list[Message], adapter: str | None) -> Array:
-    """Of the last position; tokens have one placeholder for each image or sound.  It gets our pixels and features."""
-    torch = require("torch")
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    numbers = ImageNumbers(SHAPE.crop_size, 14, 36, (0.5,) * 3, (0.5,) * 3)
-    crops = [process_image(load_image(part["image"]), numbers) for part in parts if part["type"] == "image"]
-    mels = [log_mels(load_audio(part["audio"]), AudioNumbers()) for part in parts if part["type"] == "audio"]
-    inputs: dict[str, Any] = {}
-    if crops:  # pictures with fewer crops than another are filled up
-        n_crops, size = max(len(each.pixel_values) for each in crops), SHAPE.crop_size
-        pixels = np.zeros((len(crops), n_crops, 3, size, size), np.float32)
-        masks = np.ones((len(crops), n_crops, size // 14, size // 14), bool)
-        for index, each in enumerate(crops):
-            pixels[index, : len(each.pixel_values)] = each.pixel_values
-            masks[index, : len(each.patch_mask)] = each.patch_mask
-        inputs["image_pixel_values"], inputs["image_attention_mask"] = torch.from_numpy(pixels), torch.from_numpy(masks)
-        inputs["image_sizes"] = torch.tensor([[size * each.grid[1], size * each.grid[0]] for each in crops])
-    if mels:
-        (features,) = mels
-        inputs["audio_input_features"] = torch.from_numpy(features[np.newaxis])
-        inputs["audio_embed_sizes"] = torch.tensor([-(-len(features) // 8)])
-    counts = {SHAPE.image_token: [each.n_tokens for each in crops], SHAPE.audio_token: [-(-len(f) // 8) for f in mels]}
-    ids = [token for token in tokens for _ in range(counts[token].pop(0) if token in counts else 1)]
-    if adapter is not None:
-        oracle.set_adapter(adapter)
-    with torch.no_grad(), oracle.disable_adapter() if adapter is None else nullcontext():
-        logits = oracle(input_ids=torch.tensor([ids]), logits_to_keep=1, **inputs).logits
-    return np.asarray(logits[0, -1].numpy(), np.float32)
+def oracle() -> MediaOracle:
+    return MediaOracle.of_shape(SHAPE)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_equal_those_of_transformers(model: phi4edge.Model, oracle: Any, mode: str) -> None:
+def test_embeddings_are_those_of_transformers(
+    bundle: Path, model: phi4edge.Model, oracle: MediaOracle, mode: str
+) -> None:
     messages, adapter = MODES[mode]
-    expected = oracle_logits(oracle, model.encode(messages), messages, adapter)
+    theirs = oracle.embeddings(model.encode(messages), messages)
+    ours = our_embeddings(bundle, model, messages, Reference(bundle / "backbone.gguf").embedding, adapter)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_equal_those_of_transformers(model: phi4edge.Model, oracle: MediaOracle, mode: str) -> None:
+    messages, adapter = MODES[mode]
+    expected = oracle.logits(model.encode(messages), messages, adapter)
     logits = model.next_logits(messages)
     assert relative_difference(logits, expected) <= 1e-3
     for wrong in {"vision", "speech"} - {adapter}:

@@ -1,0 +1,129 @@
+"""The trained tiny checkpoint answers as it does in transformers, in every mode; quantized ones nearly so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phi4edge
+from conversations import MODES
+from media_oracle import MediaOracle, our_embeddings
+from nano import CHECKPOINT, FAMILIES, HELD_OUT, TEST_SET, Item, answer_logits, items, n_right
+from phi4edge.converters.convert import convert
+from reference import Reference, log_probabilities, mean_divergence, relative_difference
+from tiny_models import Array
+
+ITEMS = items()
+
+
+def of_family(family: str) -> list[Item]:
+    return [item for item in ITEMS if item.family == family]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything in float32."""
+    path = tmp_path_factory.mktemp("nano") / "bundle"
+    convert(CHECKPOINT, path, "F32", encoders="fp32", adapter_quant="F32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> Iterator[phi4edge.Model]:
+    with phi4edge.load(bundle, context=1024, kv_type="f32", threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def oracle() -> MediaOracle:
+    return MediaOracle.of_checkpoint(CHECKPOINT)
+
+
+def test_the_questions_are_of_all_families() -> None:
+    sizes = [
+        [sum(item.family == family for item in items(path)) for family in FAMILIES] for path in (TEST_SET, HELD_OUT)
+    ]
+    assert sizes == [[20, 20, 2, 26, 10], [334, 60, 8, 68, 60]]
+    both = [*items(TEST_SET), *items(HELD_OUT)]
+    assert len({item.name for item in both}) == len({str(item.messages) for item in both}) == len(both)
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
+def test_answers_are_those_of_transformers(model: phi4edge.Model, item: Item) -> None:
+    """Stored ones: generate() with the processor of transformers and the adapters in PEFT, greedily."""
+    answer = model.generate(item.messages, max_tokens=64)
+    assert (*answer.tokens, *model.tokenizer.encode("<|end|>", special=True)) == item.their_tokens
+    assert model.tokenizer.decode(answer.tokens, special=True) == item.their_text == item.expected
+    assert (answer.finish_reason, answer.adapter) == ("stop", item.adapter)
+    assert answer.usage.prompt_tokens == item.n_prompt_tokens
+    logits = model.next_logits(item.messages)
+    likeliest = np.argsort(-logits)[: len(item.their_top)]
+    assert likeliest.tolist() == [token for token, _ in item.their_top]
+    np.testing.assert_allclose(
+        logits[likeliest], [logit for _, logit in item.their_top], rtol=0, atol=1e-3 * float(np.ptp(logits))
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_and_embeddings_are_those_of_transformers(
+    bundle: Path, model: phi4edge.Model, oracle: MediaOracle, mode: str
+) -> None:
+    messages, adapter = MODES[mode]
+    tokens = model.encode(messages)
+    assert relative_difference(model.next_logits(messages), oracle.logits(tokens, messages, adapter)) <= 1e-3
+    theirs = oracle.embeddings(tokens, messages)
+    ours = our_embeddings(bundle, model, messages, Reference(bundle / "backbone.gguf").embedding, adapter)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "family, wrong", [("vision", "speech"), ("speech", "vision"), ("vision-speech", "speech"), ("text", "vision")]
+)
+def test_the_wrong_adapter_is_seen_in_the_answers(model: phi4edge.Model, family: str, wrong: str) -> None:
+    asked = of_family(family)
+    assert n_right(model, asked, adapter=wrong) <= len(asked) / 2
+
+
+def test_interleaved_conversations_with_different_adapters_do_not_change_each_other(model: phi4edge.Model) -> None:
+    asked = [of_family(family)[-1] for family in FAMILIES]
+    sessions = [model.session() for _ in asked]
+    options: dict[str, Any] = {"max_tokens": 32}
+    streams = [
+        model.stream(item.messages, session=session, **options) for item, session in zip(asked, sessions, strict=True)
+    ]
+    together: list[list[int]] = [[] for _ in asked]
+    for pieces in zip_longest(*streams):
+        for tokens, piece in zip(together, pieces, strict=True):
+            tokens += piece.tokens if piece is not None else ()
+    for item, tokens, session in zip(asked, together, sessions, strict=True):
+        assert tuple(tokens) == item.their_tokens[:-1]
+        alone = model.next_logits(item.messages)
+        np.testing.assert_allclose(model.next_logits(item.messages, session=session), alone, rtol=0, atol=1e-4)
+
+
+# Type of the backbone -> the least number of right answers of the 78, and the largest mean divergence from float32 in
+# nats; about three times what was measured.  Adapters in Q8_0 and encoders in int8, as `convert` makes them.
+QUALITY = {"q8_0": (78, 5e-5), "q4_k_m": (75, 3e-3), "q3_k_m": (75, 3e-3), "q2_k": (72, 5e-3)}
+
+
+@pytest.fixture(scope="module")
+def exact(model: phi4edge.Model) -> list[Array]:
+    return [log_probabilities(answer_logits(model, item)) for item in ITEMS]
+
+
+@pytest.mark.parametrize("quant", QUALITY)
+def test_quantized_bundles_answer_nearly_as_well(exact: list[Array], tmp_path: Path, quant: str) -> None:
+    convert(CHECKPOINT, tmp_path / "bundle", quant)
+    least_right, most_divergent = QUALITY[quant]
+    with phi4edge.load(tmp_path / "bundle", context=1024, threads=1) as loaded:
+        n_correct = n_right(loaded, ITEMS)
+        rows = [log_probabilities(answer_logits(loaded, item)) for item in ITEMS]
+    divergence = mean_divergence(np.concatenate(exact), np.concatenate(rows))
+    print(f"{quant}: {n_correct} of {len(ITEMS)} right, mean divergence {divergence:.2e}")
+    assert n_correct >= least_right
+    assert divergence <= most_divergent

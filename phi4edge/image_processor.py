@@ -8,9 +8,9 @@
 
 A picture is scaled to fill a grid of S x S crops in its width or in its height, and white fills the rest.  The encoder
 sees each crop, and before them an overview: the whole canvas as one crop.  The arithmetic is that of
-Phi4MultimodalImageProcessor in transformers, with Pillow's resize, which differs from torch's by one of 255 levels at
-most.  Unlike there, pictures are turned as their EXIF says, and 16-bit grey keeps its high byte instead of being cut
-off at 255.
+Phi4MultimodalImageProcessor in transformers, with Pillow's resize, which rounds ties otherwise than torch's: by one of
+255 levels, or two where the scale is a simple ratio.  Unlike there, pictures are turned as their EXIF says, and 16-bit
+grey keeps its high byte instead of being cut off at 255.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def load(
 
     context: tokens that a conversation may have; None takes what the model was trained on, at most 4096.
     threads: None takes the physical cores that this process may use.
-    kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
+    kv_type: what the KV cache stores: ``"f16"``, ``"f32"``, or ``"q8_0"`` (8 bits a number and a scale for 32 of them).
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
     progress: called with (bytes done, bytes in all).
 

@@ -43,14 +43,22 @@ struct Code {
 };
 
 // A cache of KvBlocks.  Codes are multiplied as they are, and their scale once: with the sum over the dims of a block of keys,
-// with the weights of a block of values.
+// with the weights of a block of values.  Each fetches what the other one reads next, which may lie behind the end.
 struct BlockCache {
+  PHI4EDGE_INLINE static void prefetch(const KvBlock* block) {
+    for (size_t i = 0; i < sizeof(KvBlock); i += 64) __builtin_prefetch(reinterpret_cast<const uint8_t*>(block) + i);
+  }
+
   template <int N, int T>
   PHI4EDGE_INLINE static void add_scores(const AttentionTask& task, int64_t part, const float* queries,
                                          V::Floats (&acc)[N][T]) {
     const int64_t n_blocks = task.value_dim / KvBlock::kDims, panel_bytes = n_blocks * int64_t(sizeof(KvBlock));
     const auto* block = static_cast<const KvBlock*>(task.keys) + part / kParts * n_blocks;
-    for (int64_t dim = 0; dim < task.head_dim; dim += KvBlock::kDims, ++block) {
+    const auto* values = static_cast<const KvBlock*>(task.values) + part / kParts * n_blocks;
+    for (int64_t dim = 0; dim < task.head_dim; dim += KvBlock::kDims, ++block, ++values) {
+      if (part % kParts == 0) {
+        for (int r = 0; r < N; r += kParts) prefetch(values + r / kParts * n_blocks);
+      }
       typename V::Floats sum[N][T];
       for (int r = 0; r < N; ++r) {
         for (int t = 0; t < T; ++t) sum[r][t] = V::set1(0.0f);
@@ -72,7 +80,10 @@ struct BlockCache {
     const int64_t n_blocks = task.value_dim / KvBlock::kDims;
     const int dim = part * V::kRows;
     const auto* block = static_cast<const KvBlock*>(task.values) + first_key / kPanelRows * n_blocks + dim / KvBlock::kDims;
-    for (int key = 0; key < n_keys; key += kPanelRows, block += n_blocks) {
+    const auto* next_keys =
+        static_cast<const KvBlock*>(task.keys) + (first_key + kKeyBlock) / kPanelRows * n_blocks + dim / KvBlock::kDims;
+    for (int key = 0; key < n_keys; key += kPanelRows, block += n_blocks, next_keys += n_blocks) {
+      if (dim % KvBlock::kDims == 0) prefetch(next_keys);
       alignas(64) float scaled[T][kPanelRows];
       for (int i = 0; i < kPanelRows; i += V::kRows) {
         const auto scale = V::load_half(block->scales + i);

@@ -237,22 +237,30 @@ def test_numbers_too_small_for_a_scale_become_zero(
 # --- a trained model
 
 
-def test_eight_bits_cost_a_trained_model_no_more_than_in_llama_cpp(smollm2: Path, english: str, tmp_path: Path) -> None:
-    """In a file of F16 weights, whose products are exact: 8-bit activations would hide the difference."""
+def test_eight_bits_cost_a_trained_model_no_more_than_in_llama_cpp(
+    smollm2: Path, english: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of F16 weights, whose products are exact: 8-bit activations would hide the difference.
+
+    llama.cpp rotates keys and values before it rounds them, which spreads outliers; without that it stores what we do.
+    """
+    n_tokens = 256
     path = quantized_gguf(smollm2, "MOSTLY_F16", tmp_path / "smollm2-f16.gguf")
-    ours, theirs = {}, {}
+    rows: dict[str, Floats] = {}
     for kv_type in ("f16", "f32", "q8_0"):
-        with phi4edge.load(path, context=N_TOKENS, kv_type=kv_type, threads=2) as model:
-            tokens = model.tokenizer.encode(english)[:N_TOKENS]
-            ours[kv_type] = log_probabilities(model.logits(tokens))
-    for kv_type in ("f16", "q8_0"):
-        with closing(LlamaCpp(path, n_context=N_TOKENS, kv_type=kv_type.upper())) as peer:
-            theirs[kv_type] = log_probabilities(peer.logits(tokens))
-    for name, rows in [*ours.items(), *((f"llama.cpp's {name}", rows) for name, rows in theirs.items())]:
-        divergence = mean_divergence(ours["f32"], rows)
-        print(f"{name}: from f32 {divergence:.2e}, same choice {same_choices(ours['f32'], rows):.3f}")
-    divergence = mean_divergence(ours["f32"], ours["q8_0"])
-    assert divergence <= mean_divergence(ours["f32"], theirs["q8_0"])
-    assert divergence <= 1e-3
-    assert same_choices(ours["f32"], ours["q8_0"]) >= 0.97
+        with phi4edge.load(path, context=n_tokens, kv_type=kv_type, threads=2) as model:
+            tokens = model.tokenizer.encode(english)[:n_tokens]
+            rows[kv_type] = log_probabilities(model.logits(tokens))
+    for name in ("llama.cpp, rotated", "llama.cpp"):
+        with closing(LlamaCpp(path, n_context=n_tokens, kv_type="Q8_0")) as peer:
+            rows[name] = log_probabilities(peer.logits(tokens))
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
     path.unlink()
+    divergence = {name: mean_divergence(rows["f32"], row) for name, row in rows.items()}
+    for name, row in rows.items():
+        print(f"{name}: from f32 {divergence[name]:.2e}, same choice {same_choices(rows['f32'], row):.3f}")
+    assert divergence["f16"] <= 1e-5
+    assert divergence["q8_0"] <= divergence["llama.cpp"]
+    assert divergence["q8_0"] <= 3 * divergence["llama.cpp, rotated"]
+    assert divergence["q8_0"] <= 1e-3
+    assert same_choices(rows["f32"], rows["q8_0"]) >= 0.97

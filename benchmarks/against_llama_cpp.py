@@ -46,11 +46,11 @@ class Side(Protocol):
 
 
 class Phi4Edge:
-    def __init__(self, path: str, n_context: int, n_threads: int) -> None:
+    def __init__(self, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
         from phi4edge import _core
 
         model = _core.Model(_core.GgufFile(path), n_threads)
-        self._session = _core.Session(model, n_context, kv_type="f16")
+        self._session = _core.Session(model, n_context, kv_type=kv_type)
         self.n_vocab = int(model.config.vocab_size)
         self.isa = str(model.isa)
 
@@ -62,11 +62,14 @@ class Phi4Edge:
 
 
 class LlamaCpp:
-    """Batches of 512, F16 KV cache, flash attention as it chooses: the defaults of llama-bench."""
+    """Batches of 512, F16 KV cache, flash attention as it chooses: the defaults of llama-bench.
+
+    A quantized KV cache needs flash attention.
+    """
 
     BATCH = 512
 
-    def __init__(self, path: str, n_context: int, n_threads: int) -> None:
+    def __init__(self, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
         import llama_cpp as api
 
         self._api = api
@@ -80,6 +83,9 @@ class LlamaCpp:
         params.n_ctx = n_context
         params.n_batch = params.n_ubatch = self.BATCH
         params.n_threads = params.n_threads_batch = n_threads
+        if kv_type != "f16":
+            params.type_k = params.type_v = getattr(api, f"GGML_TYPE_{kv_type.upper()}")
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_context} tokens")
@@ -123,7 +129,7 @@ def measure(side: Side, n_prompt: int, n_decode: int) -> dict[str, float]:
     return {"prefill_seconds": prompt_done - started, "decode_seconds": time.perf_counter() - prompt_done}
 
 
-def serve(name: str, path: str, n_context: int, n_threads: int) -> None:
+def serve(name: str, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
     """A worker: one JSON request per line on stdin, one JSON answer per line on stdout."""
     side: Side | None = None
     for line in sys.stdin:
@@ -134,7 +140,8 @@ def serve(name: str, path: str, n_context: int, n_threads: int) -> None:
             answer: dict[str, Any] = {"bytes_per_second": _core.read_bandwidth(n_threads, BANDWIDTH_BYTES, 0.5)}
         elif request["do"] == "load":
             started = time.perf_counter()
-            side = Phi4Edge(path, n_context, n_threads) if name == SIDES[0] else LlamaCpp(path, n_context, n_threads)
+            kind = Phi4Edge if name == SIDES[0] else LlamaCpp
+            side = kind(path, n_context, n_threads, kv_type)
             answer = {"load_seconds": time.perf_counter() - started, "isa": side.isa}
         else:
             assert side is not None
@@ -150,7 +157,7 @@ class Worker:
         self._name = name
         n_context = -(-(options.n_prompt + options.n_decode) // 256) * 256
         command = [sys.executable, "-m", "benchmarks.against_llama_cpp", str(options.model), "--serve", name]
-        command += ["-t", str(options.threads), "--context", str(n_context)]
+        command += ["-t", str(options.threads), "--context", str(n_context), "--kv-type", options.kv_type]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
@@ -223,6 +230,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "n_prompt": options.n_prompt,
         "n_decode": options.n_decode,
         "threads": options.threads,
+        "kv_type": options.kv_type,
         "rounds": options.rounds,
         "load_average": load_average,
         "commit": commit(),
@@ -304,7 +312,7 @@ def append_records(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     common = {
         key: result[key]
-        for key in ("commit", "cpu", "threads", "model", "n_prompt", "n_decode", "rounds", "load_average")
+        for key in ("commit", "cpu", "threads", "model", "n_prompt", "n_decode", "kv_type", "rounds", "load_average")
     }
     lines = [
         common | {"system": name, "isa": result["isa"][name], "case": case} | row
@@ -323,6 +331,7 @@ def main() -> None:
     parser.add_argument("-p", "--n-prompt", type=int, default=512)
     parser.add_argument("-n", "--n-decode", type=int, default=32)
     parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--kv-type", choices=("f16", "q8_0"), default="f16", help="KV cache of both sides")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
@@ -332,7 +341,7 @@ def main() -> None:
     options = parser.parse_args()
     options.model = options.model.resolve()
     if options.serve:
-        serve(options.serve, str(options.model), options.context, options.threads)
+        serve(options.serve, str(options.model), options.context, options.threads, options.kv_type)
         return
     result = compare(options)
     if options.json:

@@ -369,12 +369,6 @@ LogitsFor logits_for(const std::string& which) {
   throw InputError("logits: expected none, last or all, got '" + which + "'");
 }
 
-KvType kv_type_of(const std::string& name) {
-  if (name == "f16") return KvType::kF16;
-  if (name == "f32") return KvType::kF32;
-  throw InputError("kv_type: expected f16 or f32, got '" + name + "'");
-}
-
 // Runs one of Session's extend functions and returns its logits, float32[0, 1 or n, vocab].
 template <class Extend>
 py::array_t<float> run(Session& session, int64_t n, const std::string& which_name, const py::object& progress,
@@ -434,15 +428,23 @@ void bind_config(py::module_& m) {
   m.def(
       "memory_need",
       [](const gguf::File& file, int64_t n_context, const std::string& kv_type) {
-        return memory_need(file, read_config(file), n_context, kv_type_of(kv_type));
+        return memory_need(file, read_config(file), n_context, kv_type_named(kv_type));
       },
       "file"_a, "n_context"_a, "kv_type"_a = "f16", "What loading the file and one session of n_context tokens take.");
   m.def(
       "kv_bytes_per_token",
       [](const ModelConfig& config, const std::string& kv_type) {
-        return kv_bytes_per_token(config, kv_type_of(kv_type) == KvType::kF16 ? 2 : 4);
+        return KvCache::bytes_per_token(config, kv_type_named(kv_type));
       },
       "config"_a, "kv_type"_a = "f16");
+  m.def(
+      "kv_types",
+      [] {
+        py::list names;
+        for (const KvFormat& format : kv_formats()) names.append(format.name);
+        return names;
+      },
+      "How keys and values can be stored.");
   m.def("available_memory", [] { return available_memory(); }, "Bytes that this process can still take.");
   m.def("require_memory", &require_memory, "need"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
 }
@@ -494,7 +496,7 @@ void bind_decoder(py::module_& m) {
       .def_property_readonly("n_bytes", &Adapter::n_bytes);
   py::class_<Session>(m, "Session", "One sequence and its KV cache.")
       .def(py::init([](std::shared_ptr<Model> model, int64_t n_context, const std::string& kv_type) {
-             return std::make_unique<Session>(std::move(model), n_context, kv_type_of(kv_type));
+             return std::make_unique<Session>(std::move(model), n_context, kv_type_named(kv_type));
            }),
            "model"_a, "n_context"_a, "kv_type"_a = "f16")
       .def(

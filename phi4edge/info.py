@@ -171,8 +171,9 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
 
 def check_options(context: int | None, kv_type: str) -> None:
     """UsageError for a context or a type of the KV cache that no model can have."""
-    if kv_type not in ("f16", "f32"):
-        raise UsageError(f"'{kv_type}' is not a type of the KV cache", field="kv_type", hint="use f16 or f32")
+    if kv_type not in _core.kv_types():
+        known = ", ".join(_core.kv_types())
+        raise UsageError(f"'{kv_type}' is not a type of the KV cache", field="kv_type", hint=f"use one of {known}")
     if context is None:
         return
     if isinstance(context, bool) or not isinstance(context, int):

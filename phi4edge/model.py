@@ -56,7 +56,7 @@ def load(
     context: tokens that a conversation may have, for which there must be memory at once; None: as many as the model was
         trained on, as far as there is memory.
     threads: None takes the physical cores that this process may use.
-    kv_type: ``"f16"`` or ``"f32"``, the numbers of the KV cache.
+    kv_type: what the KV cache stores: ``"f16"``, ``"f32"``, or ``"q8_0"`` (8 bits a number and a scale for 32 of them).
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
     provider: what runs the encoders of images and sounds: ``"auto"``, ``"cpu"``, or another of ``encoder_providers()``.
     progress: called with (bytes done, bytes in all).

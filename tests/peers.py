@@ -55,14 +55,14 @@ def llama_cpp() -> ModuleType:
 
 
 class LlamaCpp:
-    """A model and one sequence in llama.cpp: F16 KV cache, flash attention as it chooses.
+    """A model and one sequence in llama.cpp: F16 KV cache, flash attention as it chooses unless there is a kv_type.
 
     One thread: its threads wait for each other by spinning, which takes minutes when something else runs.
 
     Example: ``with closing(LlamaCpp(path)) as peer: peer.logits(ids)`` is float32 [n_tokens, vocab].
     """
 
-    def __init__(self, path: Path, n_context: int = 512, n_threads: int = 1) -> None:
+    def __init__(self, path: Path, n_context: int = 512, n_threads: int = 1, kv_type: str = "") -> None:
         api = self._api = llama_cpp()
         self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self._model:
@@ -72,6 +72,9 @@ class LlamaCpp:
         params.n_ctx = n_context
         params.n_batch = params.n_ubatch = n_context
         params.n_threads = params.n_threads_batch = n_threads
+        if kv_type:
+            params.type_k = params.type_v = getattr(api, f"GGML_TYPE_{kv_type}")
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantized values need it
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context for {path}")

@@ -7,7 +7,7 @@ the decoder under test.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gguf
@@ -24,10 +24,18 @@ LAYER_TENSORS += ["ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
 class Reference:
     """Weights of a file as floats, and their logits.
 
+    round_kv: what storing does to keys (rotated) and values, [heads, n_tokens, head_dim].
+
     Example: ``Reference("model.gguf").logits([1, 2, 3])`` is float32 [3, vocab].
     """
 
-    def __init__(self, path: str | os.PathLike[str], dtype: npt.DTypeLike = np.float32) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        dtype: npt.DTypeLike = np.float32,
+        round_kv: Callable[[Floats], Floats] = lambda rows: rows,
+    ) -> None:
+        self._round_kv = round_kv
         reader = gguf.GGUFReader(path)
         self._fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tok")}
         self.architecture: str = self._fields["general.architecture"]
@@ -105,6 +113,7 @@ class Reference:
         heads = stacked.reshape(n_tokens, -1, head_dim).swapaxes(0, 1)
         q, k, v = np.split(heads, [self.n_heads, self.n_heads + self.n_kv_heads])
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        k, v = self._round_kv(k), self._round_kv(v)
         distance = np.arange(n_tokens)[:, None] - np.arange(n_tokens)
         hidden_keys = distance < 0
         if self.sliding_window:

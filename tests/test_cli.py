@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from phi4edge import machine
+from phi4edge import _core, machine
 from phi4edge.cli import main
 from phi4edge.cli.options import Sampling
 from phi4edge.generation import GenerationConfig
@@ -432,6 +432,16 @@ def test_info_json_knows_the_memory_for_a_context(model: str) -> None:
     assert long["fits"] is True
     wide = json.loads(run("info", model, "--json", "--context", "1024", "--kv-type", "f32").stdout)["memory"]
     assert wide["kv_cache_bytes"] == 2 * long["kv_cache_bytes"]
+    narrow = json.loads(run("info", model, "--json", "--context", "1024", "--kv-type", "q8_0").stdout)["memory"]
+    assert (narrow["kv_type"], narrow["kv_cache_bytes"]) == ("q8_0", long["kv_cache_bytes"] * 34 // 64)
+
+
+def test_every_type_of_the_cache_can_be_chosen(model: str) -> None:
+    for kv_type in _core.kv_types():
+        done = run("run", model, "the cat sat", "-n", "2", "--kv-type", kv_type)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = run("bench", model, "-p", "4", "-n", "2", "-r", "1", "--json", "--kv-type", kv_type)
+        assert done.returncode == 0, done.stderr
 
 
 def test_info_json_adds_up(model: str) -> None:

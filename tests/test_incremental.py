@@ -49,7 +49,7 @@ def test_any_chunking_gives_the_same_logits(file_type: str, isa: str, models: Pa
         assert relative_difference(in_chunks(session_of(model), n_chunk), whole) <= tolerance(file_type), n_chunk
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", _core.kv_types())
 def test_long_prompts_equal_token_by_token_decoding(kv_type: str, models: Path) -> None:
     model = native(models)
     tokens = np.random.default_rng(5).integers(0, 512, 600).astype(np.int32)
@@ -140,7 +140,7 @@ def test_an_extension_that_is_cancelled_keeps_what_was_appended(models: Path) ->
     assert relative_difference(session.extend(TOKENS[70:]), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", _core.kv_types())
 def test_a_context_that_grows_keeps_what_was_computed(kv_type: str, models: Path) -> None:
     model = native(models)
     expected = _core.Session(model, 128, kv_type=kv_type).extend(TOKENS, logits="all")

@@ -384,7 +384,7 @@ void Session::attend(Worker& worker, int64_t layer, int64_t first, int64_t n) {
   const int64_t group = c.n_heads / c.n_kv_heads, n_tiles = (n + kQueryTokens - 1) / kQueryTokens;
   const int64_t head_dim = c.head_dim, stride = q_dim_ + 2 * kv_dim_;
   const float scale = 1.0f / std::sqrt(float(head_dim));
-  const auto kernel = cache_.type() == KvType::kF16 ? model_->kernels().attention_f16 : model_->kernels().attention_f32;
+  const auto kernel = model_->kernels().attention[int(cache_.type())];
   // Scratch: the queries of a tile side by side, their outputs, the keys they see, and the kernel's own.
   const int64_t max_queries = kQueryTokens * group;
   auto* queries = static_cast<float*>(worker.scratch);

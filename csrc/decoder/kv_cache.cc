@@ -2,26 +2,86 @@
 
 #include <cstring>
 
+#include "base/error.h"
+
 namespace phi4edge {
 namespace {
 
-int64_t round_up16(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t kLargestHead = 1024;  // read_config() allows no more
+
+constexpr KvFormat kFormats[kKvTypeCount] = {
+    {KvType::kF16, "f16", 16, 32},
+    {KvType::kF32, "f32", 16, 64},
+    {KvType::kQ8_0, "q8_0", KvBlock::kDims, sizeof(KvBlock) / kPanelRows},
+};
+
+const KvFormat& format_of(KvType type) { return kFormats[int(type)]; }
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A key or a value of one head.
+size_t row_bytes(const ModelConfig& config, KvType type) {
+  const KvFormat& format = format_of(type);
+  return size_t(round_up(config.head_dim, format.block_values) / format.block_values * format.block_bytes);
+}
 
 size_t head_bytes_for(const ModelConfig& config, int64_t n_positions, KvType type) {
-  return size_t(round_up16(n_positions)) * size_t(round_up16(config.head_dim)) * (type == KvType::kF16 ? 2 : 4);
+  return size_t(round_up(n_positions, kPanelRows)) * row_bytes(config, type);
+}
+
+// The key goes to its column of a panel, the value to its row, with zeros behind it.
+template <class T>
+void store_numbers(const T* key, const T* value, int64_t head_dim, int64_t value_dim, int64_t position, T* keys, T* values) {
+  keys += position / kPanelRows * head_dim * kPanelRows + position % kPanelRows;
+  for (int64_t d = 0; d < head_dim; ++d) keys[d * kPanelRows] = key[d];
+  values += position * value_dim;
+  std::memcpy(values, value, size_t(head_dim) * sizeof(T));
+  std::memset(values + head_dim, 0, size_t(value_dim - head_dim) * sizeof(T));
+}
+
+struct Codes {
+  int8_t codes[kLargestHead];
+  uint16_t scales[kLargestHead / KvBlock::kDims];
+};
+
+void store_blocks(const Codes& key, const Codes& value, int64_t n_blocks, int64_t position, KvBlock* keys, KvBlock* values) {
+  constexpr int64_t kDims = KvBlock::kDims;
+  const int64_t row = position % kPanelRows, first_block = position / kPanelRows * n_blocks;
+  for (int64_t i = 0; i < n_blocks; ++i) {
+    KvBlock &k = keys[first_block + i], &v = values[first_block + i];
+    k.scales[row] = key.scales[i];
+    v.scales[row] = value.scales[i];
+    for (int64_t d = 0; d < kDims; ++d) k.codes[d * kPanelRows + row] = key.codes[i * kDims + d];
+    std::memcpy(v.codes + row * kDims, value.codes + i * kDims, kDims);
+  }
 }
 
 }  // namespace
 
+std::span<const KvFormat> kv_formats() { return kFormats; }
+
+KvType kv_type_named(const std::string& name) {
+  std::string known;
+  for (const KvFormat& format : kFormats) {
+    if (name == format.name) return format.type;
+    known += std::string(known.empty() ? "" : ", ") + format.name;
+  }
+  throw InputError("kv_type: expected one of " + known + ", got '" + name + "'");
+}
+
+size_t KvCache::bytes_per_token(const ModelConfig& config, KvType type) {
+  return 2 * row_bytes(config, type) * size_t(config.n_kv_heads) * size_t(config.n_layers);
+}
+
 size_t KvCache::bytes_for(const ModelConfig& config, int64_t n_positions, KvType type) {
-  return 2 * head_bytes_for(config, n_positions, type) * size_t(config.n_kv_heads) * size_t(config.n_layers);
+  return size_t(round_up(n_positions, kPanelRows)) * bytes_per_token(config, type);
 }
 
 KvCache::KvCache(const ModelConfig& config, int64_t n_positions, KvType type)
     : type_(type),
       n_layers_(config.n_layers),
       head_dim_(config.head_dim),
-      value_dim_(round_up16(config.head_dim)),
+      value_dim_(round_up(config.head_dim, format_of(type).block_values)),
       panel_bytes_(head_bytes_for(config, kPanelRows, type)),
       head_bytes_(head_bytes_for(config, n_positions, type)),
       layer_bytes_(head_bytes_ * size_t(config.n_kv_heads)) {
@@ -31,24 +91,29 @@ KvCache::KvCache(const ModelConfig& config, int64_t n_positions, KvType type)
 
 void KvCache::store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value,
                     const KernelTable& kernels) {
-  constexpr int64_t kLargestHead = 1024;  // read_config() allows no more
-  uint8_t* k = keys_.get() + offset(layer, kv_head);
-  uint8_t* v = values_.get() + offset(layer, kv_head);
-  const int64_t key_at = position / kPanelRows * head_dim_ * kPanelRows + position % kPanelRows;
-  if (type_ == KvType::kF16) {
-    uint16_t half[kLargestHead];
-    kernels.to_half(key, head_dim_, half);
-    auto* keys = reinterpret_cast<uint16_t*>(k) + key_at;
-    for (int64_t d = 0; d < head_dim_; ++d) keys[d * kPanelRows] = half[d];
-    auto* values = reinterpret_cast<uint16_t*>(v) + position * value_dim_;
-    kernels.to_half(value, head_dim_, values);
-    std::memset(values + head_dim_, 0, size_t(value_dim_ - head_dim_) * 2);
-  } else {
-    auto* keys = reinterpret_cast<float*>(k) + key_at;
-    for (int64_t d = 0; d < head_dim_; ++d) keys[d * kPanelRows] = key[d];
-    auto* values = reinterpret_cast<float*>(v) + position * value_dim_;
-    std::memcpy(values, value, size_t(head_dim_) * 4);
-    std::memset(values + head_dim_, 0, size_t(value_dim_ - head_dim_) * 4);
+  uint8_t* keys = keys_.get() + offset(layer, kv_head);
+  uint8_t* values = values_.get() + offset(layer, kv_head);
+  switch (type_) {
+    case KvType::kF32:
+      store_numbers(key, value, head_dim_, value_dim_, position, reinterpret_cast<float*>(keys),
+                    reinterpret_cast<float*>(values));
+      break;
+    case KvType::kF16: {
+      uint16_t half[2][kLargestHead];
+      kernels.to_half(key, head_dim_, half[0]);
+      kernels.to_half(value, head_dim_, half[1]);
+      store_numbers(half[0], half[1], head_dim_, value_dim_, position, reinterpret_cast<uint16_t*>(keys),
+                    reinterpret_cast<uint16_t*>(values));
+      break;
+    }
+    case KvType::kQ8_0: {
+      Codes codes[2];
+      kernels.to_q8(key, head_dim_, codes[0].codes, codes[0].scales);
+      kernels.to_q8(value, head_dim_, codes[1].codes, codes[1].scales);
+      store_blocks(codes[0], codes[1], value_dim_ / KvBlock::kDims, position, reinterpret_cast<KvBlock*>(keys),
+                   reinterpret_cast<KvBlock*>(values));
+      break;
+    }
   }
 }
 

@@ -1,9 +1,12 @@
 // Keys and values of the tokens seen so far.
-//   keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention kernel multiplies
-//   values  [layer][kv_head][position][value_dim]           value_dim is head_dim rounded up to 16
+//   f16, f32   keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention multiplies
+//              values  [layer][kv_head][position][value_dim]           value_dim is head_dim rounded up to 16
+//   q8_0       both    [layer][kv_head][position / 16][value_dim / 32] of KvBlock; value_dim is head_dim rounded up to 32
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <string>
 
 #include "base/aligned.h"
 #include "decoder/config.h"
@@ -11,7 +14,15 @@
 
 namespace phi4edge {
 
-enum class KvType { kF16, kF32 };
+// One way to store keys and values.  A key, or a value, takes whole blocks.
+struct KvFormat {
+  KvType type;
+  const char* name;
+  int64_t block_values, block_bytes;
+};
+
+std::span<const KvFormat> kv_formats();
+KvType kv_type_named(const std::string& name);  // InputError when there is none
 
 class KvCache {
  public:
@@ -30,6 +41,7 @@ class KvCache {
   int64_t value_dim() const { return value_dim_; }
   size_t n_bytes() const { return 2 * layer_bytes_ * size_t(n_layers_); }
 
+  static size_t bytes_per_token(const ModelConfig& config, KvType type);  // in all layers
   static size_t bytes_for(const ModelConfig& config, int64_t n_positions, KvType type);
 
  private:

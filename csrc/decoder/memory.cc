@@ -18,7 +18,6 @@ namespace phi4edge {
 namespace {
 
 constexpr uint64_t kUnknown = UINT64_MAX;
-constexpr int64_t kHeadDimPadding = 16;
 
 uint64_t minus(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
 
@@ -94,11 +93,6 @@ std::string size_text(uint64_t n_bytes) {
 }
 
 }  // namespace
-
-uint64_t kv_bytes_per_token(const ModelConfig& config, size_t element_bytes) {
-  const int64_t padded = (config.head_dim + kHeadDimPadding - 1) / kHeadDimPadding * kHeadDimPadding;
-  return uint64_t(config.n_layers * config.n_kv_heads * padded * 2) * element_bytes;
-}
 
 #if defined(__linux__)
 uint64_t available_memory(const std::string& root) {

@@ -16,9 +16,6 @@ struct MemoryNeed {
   uint64_t total() const { return weights + kv_cache + scratch; }
 };
 
-// Keys and values of one token in all layers.  A head takes a multiple of 16 values.
-uint64_t kv_bytes_per_token(const ModelConfig& config, size_t element_bytes);
-
 // Bytes that this process can still take without swapping: free memory of the machine, or less where a container (cgroup) or
 // `ulimit -v` limits it.  UINT64_MAX when the system does not tell.  `root` goes before /proc and /sys, for tests.
 uint64_t available_memory(const std::string& root = "");

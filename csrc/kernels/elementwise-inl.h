@@ -59,6 +59,37 @@ PHI4EDGE_INLINE int32_t largest16(const float* in) {
   return V::reduce_max(largest);
 }
 
+// 32 values to codes and the half nearest to their scale.  What is not finite, or so large (8e6) that the scale is no half,
+// makes the scale NaN, and so reaches the logits, where it is noticed; what is so small that the scale is zero becomes zero.
+PHI4EDGE_INLINE void to_q8_block(const float* in, int8_t* codes, uint16_t& scale) {
+  constexpr uint16_t kInfinity = 0x7c00, kNan = 0x7e00;
+  const int32_t low = largest16(in), high = largest16(in + 16), bits = low > high ? low : high;
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  alignas(64) float lanes[V::kRows] = {largest / 127.0f};
+  alignas(64) uint16_t halves[V::kRows];
+  V::store_half(halves, V::load(lanes));
+  scale = halves[0] < kInfinity ? halves[0] : kNan;
+  if (scale == 0 || scale == kNan) {
+    std::memset(codes, 0, KvBlock::kDims);
+    return;
+  }
+  const auto inverse = V::set1(127.0f / largest);
+  for (int i = 0; i < KvBlock::kDims; i += V::kRows) V::store_codes(codes + i, V::round(V::mul(V::load(in + i), inverse)));
+}
+
+void to_q8(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales) {
+  for (int64_t i = 0; i < n_values; i += KvBlock::kDims, codes += KvBlock::kDims, ++scales) {
+    alignas(64) float padded[KvBlock::kDims] = {};
+    const float* in = x + i;
+    if (n_values - i < KvBlock::kDims) {
+      std::memcpy(padded, in, size_t(n_values - i) * sizeof(float));
+      in = padded;
+    }
+    to_q8_block(in, codes, *scales);
+  }
+}
+
 // 32 values to codes.  What is not finite makes the scale NaN, and so reaches the logits, where it is noticed.
 PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
                                 float& neg_sum32) {

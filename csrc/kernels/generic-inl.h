@@ -7,10 +7,10 @@
 //   load_bytes  store_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones
-//   load_ints  load_u16  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer to
-//   the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8)
-//   load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the second one if either is NaN)  div
-//   to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
+//   load_ints  load_u16  load_i8  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer
+//   to the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8) load  store  load_half  store_half  set1(float)
+//   mul  add  sub  fma  max (the second one if either is NaN)  div to_float  round  as_floats  as_ints  magnitude_bits
+//   reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -74,10 +74,12 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
 #undef X
   table.quantize_row = quantize_row;
   table.quantize = quantize;
-  table.attention_f16 = attention<F16>;
-  table.attention_f32 = attention<F32>;
+  table.attention[int(KvType::kF16)] = attention<NumberCache<F16>>;
+  table.attention[int(KvType::kF32)] = attention<NumberCache<F32>>;
+  table.attention[int(KvType::kQ8_0)] = attention<BlockCache>;
   table.silu_multiply = silu_multiply;
   table.to_half = to_half;
+  table.to_q8 = to_q8;
   table.matmul_scratch_bytes = matmul_scratch_bytes;
   table.attention_scratch_bytes = attention_scratch_bytes;
   return table;

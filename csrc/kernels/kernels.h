@@ -48,8 +48,21 @@ struct MatmulTask {
   void* scratch;  // KernelTable::matmul_scratch_bytes(n_tokens) bytes, aligned to 64
 };
 
+// How keys and values are stored; kv_formats() of decoder/kv_cache has the names and sizes.
+enum class KvType : int { kF16, kF32, kQ8_0 };
+inline constexpr int kKvTypeCount = 3;
+
+// Q8_0 of 32 dims of 16 keys, or of 16 values: a half scale and 32 codes for each, as in GGUF's blocks.
+struct KvBlock {
+  static constexpr int kDims = 32;
+  uint16_t scales[kPanelRows];
+  int8_t codes[kPanelRows * kDims];  // keys: [dim][key], values: [key][dim]
+};
+static_assert(sizeof(KvBlock) == kPanelRows * 34);
+
 // Softmax attention of a tile of query rows over one KV head.
-// K: [key / 16][head_dim][16 keys], V: [key][value_stride]; elements are half or float.
+//   half or float   K: [key / 16][head_dim][16 keys]               V: [key][value_dim]
+//   Q8_0            K: [key / 16][value_dim / 32] of KvBlock       V: the same
 struct AttentionTask {
   const float* queries;  // row i starts at queries + i * query_stride; already multiplied by 1 / sqrt(head_dim)
   int64_t query_stride;
@@ -57,7 +70,7 @@ struct AttentionTask {
   const int64_t* first_key;  // row i sees keys first_key[i] .. last_key[i]
   const int64_t* last_key;
   int head_dim;   // any
-  int value_dim;  // head_dim rounded up to 16
+  int value_dim;  // head_dim rounded up to 16, or with Q8_0 to 32
   const void* keys;
   const void* values;
   float* out;  // row i at out + i * out_stride, head_dim values
@@ -71,10 +84,11 @@ struct KernelTable {
   const QuantizeRow* quantize_row;  // [kFormatCount]: weights to file blocks; null for float formats
   // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
   void (*quantize)(const float* x, int64_t n_columns, int64_t n_tokens, const MutableActivations& out);
-  void (*attention_f16)(const AttentionTask& task);
-  void (*attention_f32)(const AttentionTask& task);
+  void (*attention[kKvTypeCount])(const AttentionTask& task);
   void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);
   void (*to_half)(const float* x, int64_t n_values, uint16_t* out);
+  // Codes and half scales of 32 values each, as KvBlock has them; zeros fill up the last 32.
+  void (*to_q8)(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales);
   // Sixteen-row panel, lane `row`, back to floats.
   void (*dequantize_row[kFormatCount])(const uint8_t* panel, int row, int64_t n_columns, float* out);
   size_t (*matmul_scratch_bytes)(int64_t n_tokens);

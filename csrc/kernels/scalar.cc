@@ -51,6 +51,7 @@ struct V {
 
   static Ints load_ints(const uint8_t* p) { return read<int32_t>(p); }
   static Ints load_u16(const void* p) { return read<uint16_t>(p); }
+  static Ints load_i8(const void* p) { return read<int8_t>(p); }
   static Ints set1(int32_t v) { return v; }
   static Ints field(Ints v, int shift, int mask) { return int32_t(uint32_t(v) >> shift) & mask; }
   static Ints signed_byte(Ints v, int i) { return int8_t(uint32_t(v) >> (8 * i)); }

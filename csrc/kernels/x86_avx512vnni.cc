@@ -49,6 +49,7 @@ struct V {
 
   static Ints load_ints(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
   static Ints load_u16(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  static Ints load_i8(const void* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static Ints set1(int32_t v) { return {_mm512_set1_epi32(v)}; }
   static Ints field(Ints v, int shift, int mask) {
     return {_mm512_and_si512(_mm512_srli_epi32(v.v, unsigned(shift)), _mm512_set1_epi32(mask))};

@@ -61,6 +61,7 @@ class KvType(str, Enum):
 
     f16 = "f16"
     f32 = "f32"
+    q8_0 = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ class Runtime:
     ] = None
     kv_type: Annotated[
         KvType,
-        typer.Option(help="How past keys and values are stored; f16 takes half the memory.", rich_help_panel=_MACHINE),
+        typer.Option(
+            help="How past keys and values are stored; f16 takes half the memory of f32, q8_0 half of that.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = KvType.f16
     isa: Annotated[
         str,

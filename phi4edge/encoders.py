@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ N_MELS = 80
 FRAMES_PER_TOKEN = 8
 WINDOW = 500  # tokens that the audio encoder sees at once: 40 s
 
+_SEVERITY = 2  # from which on onnxruntime writes to stderr by default: warnings
 _HINT = "close other programs, or use int8 encoders"  # when memory is short
 
 Branch = Literal["speech", "vision"]
@@ -57,6 +59,19 @@ class VisionFeatures:
     crops: Float32
     row_separator: Float32
     view_separator: Float32
+
+
+@contextmanager
+def _quiet(onnxruntime: Any) -> Iterator[None]:
+    """Keeps what a provider writes to stderr while it starts away, where the session's own severity does not help.
+
+    The severity belongs to the whole process, and nobody tells what it was before: afterwards it is onnxruntime's own.
+    """
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(_SEVERITY)
 
 
 def encoder_providers() -> list[str]:
@@ -158,10 +173,10 @@ class _Encoder(ABC):
         descriptor = Path(f"/proc/self/fd/{file.fileno()}")
         source = str(descriptor) if descriptor.exists() else self.path
         if provider != CPU:
-            onnxruntime.set_default_logger_severity(4)  # of what a provider writes to stderr while it starts
             try:
                 self._require_memory(size, provider)
-                self._session = self._load(onnxruntime, source, provider)
+                with _quiet(onnxruntime):
+                    self._session = self._load(onnxruntime, source, provider)
             except (BundleError, OutOfMemoryError) as error:
                 self._warn(f"{provider}: {error.problem}, so the CPU runs it")
                 provider = CPU

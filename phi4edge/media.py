@@ -10,11 +10,10 @@ Reading is cheap and tells how many tokens a part takes; encoding is not, and is
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +22,9 @@ import numpy.typing as npt
 from phi4edge.bundle import AUDIO as AUDIO_ROLE
 from phi4edge.bundle import MANIFEST, VISION, Bundle
 from phi4edge.encoders import AudioEncoder, Branch, FreeMemory, VisionEncoder, check_provider
-from phi4edge.errors import BundleError, InputError
-from phi4edge.media_source import check_total, is_path
+from phi4edge.errors import BundleError, InputError, OutOfMemoryError, UnsupportedError
+from phi4edge.media_cache import Latest, digest_of, part_key
+from phi4edge.media_source import NOUNS, check_total, is_path
 from phi4edge.prompt import MAX_FRAMES, MediaPart
 from phi4edge.providers import AUTO, check_name
 from phi4edge.router import AUDIO, IMAGE
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 VIDEO = "video"  # its frames are images from here on
 MAX_PARTS = 16  # images, as many sounds, and as many videos, in one conversation
 CACHE_BYTES = 64 << 20  # of embeddings; an image of 1344 x 1344 pixels takes 31 MiB
+KNOWN_ITEMS = 1024  # images, sounds and frames of which the sizes are kept, so that they need not be read again
 
 Float32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], bool | None]  # (crops or tokens done, in all); False cancels
 _ROLES = {IMAGE: VISION, AUDIO: AUDIO_ROLE}
-_NOUNS = {IMAGE: "images", AUDIO: "sounds", VIDEO: "videos"}
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInput:
-    """An image or a sound as its encoder takes it."""
+    """An image or a sound as its encoder takes it, or what is known of it since it was read before."""
 
     kind: str
     label: str  # such as "image 1", or "video 1, frame 3"
@@ -53,10 +53,15 @@ class MediaInput:
     digest: bytes  # of all that its embeddings depend on
     data: Crops | Float32 | None
     branch: Branch | None
+    again: Callable[[], MediaInput] | None = field(default=None, repr=False, compare=False)  # reads it, with its data
 
     def without_data(self) -> MediaInput:
         """Its size alone; large images take memory."""
-        return replace(self, data=None)
+        return replace(self, data=None, again=None)
+
+    def with_data(self) -> MediaInput:
+        """Read again if it has none."""
+        return self if self.data is not None or self.again is None else self.again()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class Media:
         self._hidden_size = hidden_size
         self._options: dict[str, Any] = {"threads": threads, "provider": provider, "free_memory": free_memory}
         self._encoders: dict[str, VisionEncoder | AudioEncoder] = {}
-        self._cache = _RowCache(CACHE_BYTES)
+        self._cache = _new_cache()
+        self._known: Latest[list[MediaInput]] = Latest(KNOWN_ITEMS, len)  # without their data
         self._numbers: dict[str, Any] = {}
         self.kinds = kinds_of(bundle)
         self.placeholders = {} if bundle is None else _placeholders(bundle, self.kinds, special_tokens or {})
@@ -121,7 +127,7 @@ class Media:
 
     def require(self, parts: Sequence[MediaPart]) -> None:
         """InputError for media that this model cannot take, or too many of them; nothing is opened for that."""
-        for kind, noun in _NOUNS.items():
+        for kind, noun in NOUNS.items():
             theirs = [part for part in parts if part.kind == kind]
             if theirs and theirs[0].placeholder not in self.kinds:
                 raise no_encoder(kind, self._bundle)
@@ -156,24 +162,40 @@ class Media:
     def read(self, part: MediaPart, branch: Branch | None, max_crops: int | None = None) -> list[MediaInput]:
         """Decodes an image, a sound or a video and computes what the encoder takes; of a video, for each frame.
 
+        What was read before, and is the same, comes without its data: :meth:`encode` reads it again if it must.
+
         branch: the projector for a sound.  max_crops: at most so many crops for an image, or for all frames of a video,
         of which each has one at least; None is what the model knows.
 
-        Raises FileError, InputError, UnsupportedError, BundleError.
+        Raises FileError, InputError, UnsupportedError, BundleError, OutOfMemoryError.
         """
+        key = part_key(part, branch, max_crops)
+        known = None if key is None else self._known.get(key)
+        if known is not None:
+            again = _Again(part, known, partial(self._read, part, branch, max_crops))
+            return [
+                replace(item, label=part.label + item.label, again=partial(again.item, i))
+                for i, item in enumerate(known)
+            ]
+        items = self._read(part, branch, max_crops)
+        if key is not None and (not is_path(part.source) or key == part_key(part, branch, max_crops)):
+            sizes = [item.without_data() for item in items]
+            self._known.put(key, [replace(item, label=item.label.removeprefix(part.label)) for item in sizes])
+        return items
+
+    def _read(self, part: MediaPart, branch: Branch | None, max_crops: int | None) -> list[MediaInput]:
         try:
             if part.kind == VIDEO:
                 return self._read_video(part, max_crops)
             return [self._read_image(part, max_crops) if part.kind == IMAGE else self._read_sound(part, branch)]
-        except InputError as error:
-            path, field = (os.fspath(part.source), "") if is_path(part.source) else ("", part.field)
-            raise InputError(error.problem, path=path, field=field, hint=error.hint) from error
+        except (InputError, UnsupportedError, OutOfMemoryError) as error:
+            raise type(error)(error.problem, **_place(part), hint=error.hint) from error
 
     def _read_image(self, part: MediaPart, max_crops: int | None) -> MediaInput:
         from phi4edge.image_processor import load_image, process_image
 
         crops = process_image(load_image(part.source), self._image_numbers(), max_crops)
-        digest = _digest(IMAGE, crops.pixel_values, crops.patch_mask, np.array(crops.grid))
+        digest = digest_of(IMAGE, crops.pixel_values, crops.patch_mask, np.array(crops.grid))
         return MediaInput(IMAGE, part.label, crops.n_tokens, digest, crops, None)
 
     def _read_video(self, part: MediaPart, max_crops: int | None) -> list[MediaInput]:
@@ -194,7 +216,7 @@ class Media:
 
         features = log_mels(load_audio(part.source), self._audio_numbers())
         return MediaInput(
-            AUDIO, part.label, n_tokens(len(features)), _digest(f"{AUDIO} {branch}", features), features, branch
+            AUDIO, part.label, n_tokens(len(features)), digest_of(f"{AUDIO} {branch}", features), features, branch
         )
 
     def encode(
@@ -208,6 +230,7 @@ class Media:
         """
         rows = self._cache.get(item.digest)
         if rows is None:
+            item = item.with_data()
             rows = self._encode_image(item, progress) if item.kind == IMAGE else self._encode_sound(item, progress)
             if rows.shape != (item.n_tokens, self._hidden_size):
                 raise BundleError(
@@ -227,7 +250,7 @@ class Media:
         for encoder in self._encoders.values():
             encoder.close()
         self._encoders.clear()
-        self._cache = _RowCache(CACHE_BYTES)
+        self._cache = _new_cache()
 
     def _check_files(self) -> None:
         """An encoder of another model is found when the bundle is loaded, not when the first image comes."""
@@ -307,24 +330,35 @@ class Media:
         return self._bundle
 
 
-class _RowCache:
-    """The latest embeddings by their digest, as many as fit into ``n_bytes``."""
+class _Again:
+    """A part that has to be read once more, all frames of a video at once, as its embeddings are needed after all.
 
-    def __init__(self, n_bytes: int) -> None:
-        self._room = n_bytes
-        self._rows: OrderedDict[bytes, Float32] = OrderedDict()
+    Raises what reading it raises, and InputError when it is not the same any more.
+    """
 
-    def get(self, digest: bytes) -> Float32 | None:
-        if digest in self._rows:
-            self._rows.move_to_end(digest)
-        return self._rows.get(digest)
+    def __init__(self, part: MediaPart, known: Sequence[MediaInput], read: Callable[[], list[MediaInput]]) -> None:
+        self._part = part
+        self._digests = [item.digest for item in known]
+        self._read = read
+        self._items: list[MediaInput] = []
 
-    def put(self, digest: bytes, rows: Float32) -> None:
-        if rows.nbytes > self._room:
-            return
-        self._rows[digest] = rows
-        while sum(each.nbytes for each in self._rows.values()) > self._room:
-            self._rows.popitem(last=False)
+    def item(self, index: int) -> MediaInput:
+        if not self._items:
+            items = self._read()
+            if [item.digest for item in items] != self._digests:
+                raise InputError("was changed while it was used", **_place(self._part), hint="try again")
+            self._items = items
+        return self._items[index]
+
+
+def _place(part: MediaPart) -> dict[str, str]:
+    """What an error says about where a part comes from."""
+    return {"path": os.fsdecode(part.source)} if is_path(part.source) else {"field": part.field}
+
+
+def _new_cache() -> Latest[Float32]:
+    """Of embeddings by their digest."""
+    return Latest(CACHE_BYTES, lambda rows: rows.nbytes)
 
 
 def kinds_of(bundle: Bundle | None) -> frozenset[str]:
@@ -341,9 +375,9 @@ def no_encoder(kind: str, bundle: Bundle | None, *, field: str = "") -> InputErr
     """The error for a model that cannot take images, sounds, or videos."""
     if bundle is None:
         hint = "'phi4edge convert' makes a bundle of a Phi-4-multimodal checkpoint, which reads them"
-        return InputError(f"a model file alone reads text, not {_NOUNS[kind]}", field=field, hint=hint)
+        return InputError(f"a model file alone reads text, not {NOUNS[kind]}", field=field, hint=hint)
     return InputError(
-        f"has no encoder for {_NOUNS[kind]}",
+        f"has no encoder for {NOUNS[kind]}",
         path=str(bundle.directory),
         field=field,
         hint="convert a Phi-4-multimodal checkpoint, with its encoders",
@@ -364,11 +398,3 @@ def _placeholders(bundle: Bundle, kinds: frozenset[str], special_tokens: Mapping
             raise BundleError(f"{text!r:.80} is not a special token of its own", path=path, field=field)
         found[kind] = text
     return found
-
-
-def _digest(label: str, *arrays: npt.NDArray[Any]) -> bytes:
-    digest = hashlib.blake2b(label.encode(), digest_size=32)
-    for array in arrays:
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from phi4edge.errors import InputError
 
@@ -27,7 +27,7 @@ MAX_DATA_BYTES: Final = 64 << 20  # that a data URL may hold
 # the others block by block: of sounds, this is two hours of 24 bits in stereo at 48 kHz.
 MAX_TOTAL_BYTES: Final = {"image": 128 << 20, "audio": 2 << 30, "video": 8 << 30}
 
-_NOUNS: Final = {"image": "images", "audio": "sounds", "video": "videos"}
+NOUNS: Final = {"image": "images", "audio": "sounds", "video": "videos"}
 _URL: Final = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # C:\ and C:// are drives
 _LONGEST_HEADER: Final = 256  # characters of a data URL before its comma
 _HINT: Final = "give a path, bytes or a data URL"
@@ -36,6 +36,25 @@ _HINT: Final = "give a path, bytes or a data URL"
 def is_path(source: Any) -> bool:
     """Whether a source names a file."""
     return isinstance(source, os.PathLike) or (isinstance(source, str) and not _URL.match(source))
+
+
+class FileState(NamedTuple):
+    """What changes when a file is replaced or written to; times in nanoseconds."""
+
+    device: int
+    inode: int
+    n_bytes: int
+    modified: int
+    changed: int  # on Windows, when it was made
+
+
+def file_state(path: str | os.PathLike[str]) -> FileState | None:
+    """None when there is no such file, or nothing can be told about it."""
+    try:
+        found = Path(path).stat()
+    except (OSError, TypeError, ValueError):
+        return None
+    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def data_of(source: Any, kind: str) -> bytes | None:
@@ -77,7 +96,7 @@ def check_total(parts: Iterable[MediaPart]) -> None:
     for kind, n_bytes in totals.items():
         if n_bytes > MAX_TOTAL_BYTES[kind]:
             raise InputError(
-                f"the {_NOUNS[kind]} have {n_bytes} bytes together, and {MAX_TOTAL_BYTES[kind]} are allowed",
+                f"the {NOUNS[kind]} have {n_bytes} bytes together, and {MAX_TOTAL_BYTES[kind]} are allowed",
                 hint="give fewer, or smaller ones",
             )
 
@@ -85,8 +104,6 @@ def check_total(parts: Iterable[MediaPart]) -> None:
 def _n_bytes(source: Any) -> int:
     """Of a file as it is stored or written in a URL; 0 for what is decoded already, and for what is no file."""
     if is_path(source):
-        try:
-            return Path(source).stat().st_size
-        except (OSError, TypeError, ValueError):
-            return 0
+        state = file_state(source)
+        return 0 if state is None else state.n_bytes
     return len(source) if isinstance(source, (bytes, str)) else 0

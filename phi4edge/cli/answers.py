@@ -25,7 +25,7 @@ def stream_answer(
     show: bool = True,
     **options: Any,
 ) -> Generation:
-    """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, even if interrupted.
+    """Generates an answer, printed as it comes if ``show``; what was printed ends in a newline, whatever comes.
 
     options: more of ``Model.stream``, such as the adapter.
     """
@@ -38,7 +38,7 @@ def stream_answer(
                 if show and piece.text:
                     shown = piece.text  # first: a signal may end the next line half-way
                     output.write_text(piece.text)
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:
             if shown and not shown.endswith("\n"):
                 output.write_text("\n")
             raise

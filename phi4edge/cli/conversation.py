@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi4edge.cli import answers, output
+from phi4edge.cli.attachments import Attached, attached_file
 from phi4edge.cli.dropped import take_files
 from phi4edge.cli.options import named_as_option
-from phi4edge.errors import FileError, InputError, UsageError
+from phi4edge.errors import FileError, InputError, Phi4EdgeError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.generation import Generation, GenerationConfig
@@ -23,7 +25,7 @@ HELP = """\
 /video FILE     show frames of a video with the next message, without its sound
 /mic [SECONDS]  record one with the microphone, until Enter or for so long
 /release        give the memory of the image and audio encoders back
-/clear          forget the conversation; the system message stays
+/clear          forget the conversation, or else what is attached; the system message stays
 /regen          answer the last message again
 /stats          counts and speeds of the last answer
 /exit           leave; so does Ctrl-D
@@ -31,6 +33,7 @@ HELP = """\
 The path of an image, a recording or a video in a message, typed or dropped, attaches that file.
 Alt-Enter starts a new line, Ctrl-C stops an answer."""
 _FULL = "/clear forgets the conversation, and a larger --context holds more"
+_PART = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]")  # how the fields of errors name a part
 
 
 class Conversation:
@@ -56,7 +59,9 @@ class Conversation:
         self._messages: list[Message] = []
         self._last: Generation | None = None
         self._n_regenerated = 0
-        self._attached: list[dict[str, Any]] = []  # parts of the next message
+        self._attached: list[Attached] = []  # for the next message
+        self._kept: list[Attached] = []  # in the conversation
+        self._n_recorded = 0
         self._warned: set[str] = set()
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda argument: self._tell(HELP),
@@ -91,8 +96,8 @@ class Conversation:
             name = rest.split()[0]
             self._tell(f"There is no command {name}; /help lists them, //... sends a message that starts with a slash.")
             return
+        self._attached += [attached_file(kind, file) for kind, file in files]
         for kind, file in files:
-            self._attached.append({"type": kind, kind: file})
             self._tell(f"[{Path(file).name} attached: {kind}]")
         if rest:
             self._send(rest)
@@ -100,18 +105,48 @@ class Conversation:
             self._tell("The next message takes it along; Enter alone sends it.")
 
     def _send(self, text: str) -> None:
-        parts, self._attached = self._attached, []
+        """What is attached goes with it, and stays for the next message when there is no answer."""
+        parts = [each.part for each in self._attached]
         if text.strip() and parts:
             parts.append({"type": "text", "text": text})
-        self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
+        n_before = len(self._messages)
+        try:
+            for each in self._attached:
+                each.require_unchanged()
+            self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
+        except Phi4EdgeError as error:
+            if len(self._messages) == n_before:
+                self._drop_what_is_wrong(error)
+            raise
+        finally:
+            if len(self._messages) > n_before:
+                self._kept += self._attached
+                self._attached = []
+            elif self._attached:
+                output.hint(f"[still attached: {self._names()}]")
+
+    def _drop_what_is_wrong(self, error: Phi4EdgeError) -> None:
+        """An attachment that can never be read would be in the way of every message."""
+        wrong = [each for each in self._attached if each.name == error.path]
+        if wrong and isinstance(error, (InputError, FileError, UnsupportedError)):
+            self._attached.remove(wrong[0])
+            output.hint(f"[not attached any more: {wrong[0].short_name}]")
+
+    def _names(self) -> str:
+        return ", ".join(each.short_name for each in self._attached)
 
     def _finish(self, argument: str) -> None:
         self.finished = True
 
     def _clear(self, argument: str) -> None:
+        """What is attached stays at first: it may be what the conversation had no room for."""
+        if self._attached and not self._messages:
+            self._attached = []
         self._messages.clear()
-        self._attached.clear()
+        self._kept.clear()
         self._tell("The conversation is empty.")
+        if self._attached:
+            self._tell(f"Still attached: {self._names()}; /clear once more drops it.")
 
     def _release(self, argument: str) -> None:
         self._model.release_encoders()
@@ -130,7 +165,7 @@ class Conversation:
         file = dropped[0][1] if len(dropped) == 1 and not rest else file
         if not Path(file).is_file():
             raise FileError("there is no such file", path=file)
-        self._attached.append({"type": kind, kind: file})
+        self._attached.append(attached_file(kind, file))
         self._tell(f"{file} goes with the next message.")
 
     def _record(self, argument: str) -> None:
@@ -142,7 +177,8 @@ class Conversation:
         except ValueError:
             raise UsageError(f"{argument!r:.40} is no number of seconds", field="/mic", hint="write /mic 10") from None
         samples, rate = record(seconds)
-        self._attached.append({"type": "audio", "audio": (samples, rate)})
+        self._n_recorded += 1
+        self._attached.append(Attached("audio", (samples, rate), f"recording {self._n_recorded}"))
         self._tell(f"{len(samples) / rate:.1f} s go with the next message; Enter alone sends them.")
 
     def _kinds(self) -> set[str]:
@@ -178,20 +214,49 @@ class Conversation:
         self._tell("\n".join(lines))
 
     def _answer(self, messages: list[Message], config: GenerationConfig) -> None:
-        """Answers the last of ``messages``; they become the conversation only when there is an answer."""
+        """Answers the last of ``messages``; they become the conversation only when there is an answer.
+
+        Of an answer that is ended by Ctrl-C or by an error, what came is kept.
+        """
         start: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
+        prompt = [*start, *messages]
+        before = self._model.last
+        failure: Exception | None = None
         try:
-            last = answers.stream_answer(self._model, [*start, *messages], config, **self._options)
-        except KeyboardInterrupt:
-            if self._model.last is None or not self._model.last.tokens:  # stopped before the first token
+            for each in self._kept:
+                each.require_unchanged()
+            last = answers.stream_answer(self._model, prompt, config, **self._options)
+        except (KeyboardInterrupt, Exception) as error:
+            begun = self._model.last
+            if begun is not None and begun is not before and begun.tokens:
+                last, failure = begun, error if isinstance(error, Exception) else None
+            elif isinstance(error, Phi4EdgeError):
+                raise self._explained(error, prompt) from error
+            elif isinstance(error, Exception):
+                raise
+            else:
                 return
-            last = self._model.last
-        except UsageError as error:
-            raise named_as_option(error, ("max_crops",)) from None
-        except InputError as error:
-            if self._messages and "the context holds" in error.problem:
-                raise InputError(error.problem, hint=_FULL) from error
-            raise
+        self._keep(messages, last)
+        if failure is not None:
+            raise failure
+
+    def _explained(self, error: Phi4EdgeError, prompt: Sequence[Message]) -> Phi4EdgeError:
+        """An error in the words of a chat: with names of options and files, and what helps here."""
+        if isinstance(error, InputError) and self._messages and "the context holds" in error.problem:
+            return InputError(error.problem, hint=_FULL)
+        source: Any = None
+        place = _PART.match(error.field)
+        if place is not None:
+            part = prompt[int(place[1])]["content"][int(place[2])]
+            source = part.get(part["type"])
+        for each in (*self._attached, *self._kept):
+            if each.source is source or each.name == error.path:
+                hint = error.hint if each in self._attached else "/clear forgets the conversation, which needs it"
+                return type(error)(error.problem, path=each.name, hint=hint)
+        return named_as_option(error, ("max_crops",))
+
+    def _keep(self, messages: list[Message], last: Generation) -> None:
+        """The answer becomes a part of the conversation; tells what there is to tell about it."""
         for warning in last.warnings:
             if warning not in self._warned:
                 output.warn(warning)

@@ -10,7 +10,7 @@ from phi4edge import machine
 from phi4edge.cli import output
 from phi4edge.cli.options import Runtime, named_as_option
 from phi4edge.cli.progress import ProgressBar
-from phi4edge.errors import UsageError
+from phi4edge.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.model import Model
@@ -34,7 +34,7 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
                 provider=runtime.provider,
                 progress=bar,
             )
-        except UsageError as error:
+        except (UsageError, UnsupportedError) as error:
             raise named_as_option(error, ("context", "kv_type", "provider", "threads")) from None
     for text in model.warnings:
         output.warn(f"{path}: {text}")

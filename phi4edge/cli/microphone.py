@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,19 @@ def record(seconds: float | None) -> tuple[npt.NDArray[np.float32], float]:
         stream = device.InputStream(channels=1, dtype="float32", callback=keep)
         rate = float(stream.samplerate)
         limit = rate * (LONGEST if seconds is None else seconds)
-        with stream:
-            if seconds is None:
-                output.note("[recording; Enter ends it]")
-                sys.stdin.readline()
-            else:
-                output.note(f"[recording for {seconds:g} s]")
-                is_full.wait(seconds + 1)  # some devices are slow to start
+        stream.start()
     except Exception as error:  # PortAudio has errors of its own, and ValueError for a device that only plays
         raise UnsupportedError(
             f"no microphone can be opened ({error})", field=_FIELD, hint="connect one, or use /audio FILE"
         ) from error
+    with closing(stream):
+        if seconds is None:
+            output.note("[recording; Enter ends it]")
+            sys.stdin.readline()
+        else:
+            output.note(f"[recording for {seconds:g} s]")
+            is_full.wait(seconds + 1)  # some devices are slow to start
+        stream.stop()
     if not blocks:
         raise InputError("the microphone gave no sound", field=_FIELD, hint="look at the settings of the system")
     return np.concatenate(blocks)[: int(limit)], rate

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from phi4edge.adapters import checked_scale
-from phi4edge.errors import UsageError
+from phi4edge.errors import Phi4EdgeError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.generation import GenerationConfig
+
+_Error = TypeVar("_Error", bound=Phi4EdgeError)
 
 _MEDIA, _ANSWER, _CHOICE, _MACHINE = "Images, sounds and videos", "The answer", "How tokens are chosen", "The machine"
 
@@ -152,14 +154,8 @@ class Attachments:
 
     def require(self, path: str) -> None:
         """InputError when the model there is none for these attachments; it is not loaded for that."""
-        from phi4edge.bundle import bundle_at
-        from phi4edge.media import kinds_of, no_encoder
-        from phi4edge.prompt import PART_TYPES
-
-        bundle = bundle_at(path) if self.image or self.audio or self.video else None
-        for kind, files in (("image", self.image), ("audio", self.audio), ("video", self.video)):
-            if files and PART_TYPES[kind] not in kinds_of(bundle) and (bundle is not None or Path(path).is_file()):
-                raise no_encoder(kind, bundle, field=f"--{kind}")
+        given = ("image", self.image), ("audio", self.audio), ("video", self.video)
+        require_encoders(path, {kind: f"--{kind}" for kind, files in given if files})
 
     def content(self, text: str) -> str | list[dict[str, Any]]:
         """What a message with this text and the attachments has as its content."""
@@ -258,11 +254,26 @@ class Sampling:
             raise named_as_option(error, values) from None
 
 
-def named_as_option(error: UsageError, names: Iterable[str]) -> UsageError:
+def require_encoders(path: str, fields: Mapping[str, str]) -> None:
+    """InputError when the model at ``path`` does not take parts of these kinds; it is not loaded for that.
+
+    fields: kind -> what the error names.
+    """
+    from phi4edge.bundle import bundle_at
+    from phi4edge.media import kinds_of, no_encoder
+    from phi4edge.prompt import PART_TYPES
+
+    bundle = bundle_at(path) if fields else None
+    for kind, field in fields.items():
+        if PART_TYPES[kind] not in kinds_of(bundle) and (bundle is not None or Path(path).is_file()):
+            raise no_encoder(kind, bundle, field=field)
+
+
+def named_as_option(error: _Error, names: Iterable[str]) -> _Error:
     """``error`` with its field written as the option of that name."""
     name, bracket, rest = error.field.partition("[")
     field = f"--{name.replace('_', '-')}{bracket}{rest}" if name in names else error.field
-    return UsageError(error.problem, path=error.path, field=field, hint=error.hint)
+    return type(error)(error.problem, path=error.path, field=field, hint=error.hint)
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

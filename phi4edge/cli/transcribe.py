@@ -7,14 +7,23 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from phi4edge.cli import answers, errors, output, transcripts
 from phi4edge.cli.loading import load_adapter, load_model
-from phi4edge.cli.options import Adaptation, Context, Json, ModelPath, Runtime, Sampling, Stats, named_as_option
+from phi4edge.cli.options import (
+    Adaptation,
+    Context,
+    Json,
+    ModelPath,
+    Runtime,
+    Sampling,
+    Stats,
+    named_as_option,
+    require_encoders,
+)
 from phi4edge.cli.progress import ProgressBar
 from phi4edge.cli.run import clean
 from phi4edge.errors import Cancelled, Phi4EdgeError, UsageError
@@ -87,7 +96,7 @@ def transcribe(
     config = sampling.config()
     try:
         prompt, task = _task(hearing)
-        _require_encoder(model)
+        require_encoders(model, {"audio": ""})
         recording = _read(file, hearing.splitter)
     except UsageError as error:
         raise named_as_option(error, asdict(hearing)) from None
@@ -114,17 +123,6 @@ def _task(hearing: Hearing) -> tuple[str, dict[str, str | None]]:
     language = None if hearing.translate_to is None else language_name(hearing.translate_to)
     task = "custom" if own is not None else "transcribe" if language is None else "translate"
     return prompt, {"task": task, "language": language, "prompt": prompt}
-
-
-def _require_encoder(path: str) -> None:
-    """InputError when the model there takes no sounds; it is not loaded for that."""
-    from phi4edge.bundle import bundle_at
-    from phi4edge.media import kinds_of
-    from phi4edge.transcription import require_encoder
-
-    bundle = bundle_at(path)
-    if bundle is not None or Path(path).is_file():
-        require_encoder(path, kinds_of(bundle))
 
 
 def _read(file: str, splitter: str | None) -> Recording:

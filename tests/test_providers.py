@@ -301,6 +301,52 @@ def test_the_command_line_tells_what_ran_and_warns(bundles: dict[str, Path], tmp
     assert "vision on openvino" in answer.stderr
 
 
+SEVERITY = """
+import json, os, sys, tempfile
+import onnxruntime
+from phi4edge.encoders import AudioEncoder
+
+def warnings():
+    \"\"\"What onnxruntime writes to stderr about a setting that is made twice.\"\"\"
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            options = onnxruntime.SessionOptions()
+            options.add_session_config_entry("session.disable_prepacking", "0")
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        return file.read().decode()
+
+before = warnings()
+AudioEncoder(sys.argv[1], 8, provider="openvino").close()
+after = warnings()
+try:
+    AudioEncoder(sys.argv[1], 8, provider="openvino-npu").close()
+finally:
+    print(json.dumps([before, after, warnings()]))
+"""
+
+
+def test_a_provider_leaves_the_log_of_the_process_as_it_was(tmp_path: Path) -> None:
+    path = save(audio_model(), tmp_path / "audio.onnx")
+    told = run_python(SEVERITY, path, first=[peers.openvino()], directory=tmp_path)
+    assert ["session.disable_prepacking" in each for each in told] == [True] * 3
+
+
+def test_the_command_line_names_its_option_for_every_wrong_provider(bundles: dict[str, Path]) -> None:
+    for name, code, problem in (
+        (MISSING, 9, "this onnxruntime does not have"),
+        ("abacus", 2, "'abacus' is not one of"),
+    ):
+        done = run("run", str(bundles["fp32"]), "the cat", "--provider", name)
+        assert done.returncode == code
+        assert done.stderr.startswith(f"phi4edge: error: --provider: {problem}")
+
+
 # --- memory
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import phi4edge
-from conversations import RATE, picture, sound
+from conversations import RATE, sound
 from phi4edge.cli import attachments
 from phi4edge.cli.conversation import Conversation
 from phi4edge.converters.convert import convert
@@ -165,7 +164,7 @@ def test_a_recording_survives_a_context_that_is_full_and_the_clear_that_it_takes
                 conversation.handle(text)  # which does not take it
                 assert usage(model).audio_tokens == 0
                 continue
-            with pytest.raises(InputError, match="the context holds 64.*; /clear forgets the conversation"):
+            with pytest.raises(InputError, match=r"the context holds 64.*; /clear forgets the conversation"):
                 conversation.handle(text)
         conversation.handle("/clear")
         assert "Still attached: recording 1; /clear once more drops it." in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_the_options_of_a_part_belong_to_it(new_media: Callable[[], Media], tmp_
     digests = [read("audio", audio, branch)[0].digest for branch in ("speech", "vision", "speech")]
     assert digests[0] == digests[2] != digests[1]
     assert [len(read("video", clip, frames=n)) for n in (2, 3, 2, 64, 64)] == [2, 3, 2, 12, 12]
-    with pytest.raises(InputError, match="RIFF|no sound"):
+    with pytest.raises(InputError, match="no sound"):
         read("audio", image)
     samples, rate = sound(1)
     lengths = [read("audio", (samples, each))[0].n_tokens for each in (rate, rate // 2, rate)]

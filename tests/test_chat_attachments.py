@@ -95,11 +95,26 @@ def test_a_file_too_large_to_be_kept_is_missed_until_the_conversation_is_cleared
         file.unlink()
     else:
         file.write_bytes(wav(seed=7))
-    for text in ("the hat", "/regen"):
-        with pytest.raises(FileError, match=r"q\.wav: is gone, or was changed .*; /clear forgets the conversation"):
+        conversation.handle(f"/audio {file}")  # which is not what is missing
+    for text in ("the hat", "/regen", "the hat"):
+        with pytest.raises(FileError, match=r"q\.wav' of an earlier message is gone, or was changed; /clear forgets"):
             conversation.handle(text)
     conversation.handle("/clear")
     conversation.handle("the hat")
+    assert usage(model).audio_tokens == (0 if change == "gone" else N_SOUND)
+
+
+def test_a_large_file_that_changes_before_it_is_sent_is_dropped(
+    model: phi4edge.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachments, "HELD_BYTES", 1000)
+    file = write_files(tmp_path)["audio"]
+    conversation = chat(model)
+    conversation.handle(f"/audio {file}")
+    file.write_bytes(wav(seed=7))
+    with pytest.raises(FileError, match=r"q\.wav: is gone, or was changed since it was attached"):
+        conversation.handle("the cat")
+    conversation.handle("the cat")
     assert usage(model).audio_tokens == 0
 
 
@@ -122,11 +137,11 @@ def test_ctrl_c_before_the_first_token_keeps_what_is_attached(
     assert usage(model).prompt_tokens < n_before + N_IMAGE + 12  # one question, not two
 
 
-def microphone(samples: Any, rate: int = RATE, **broken: Exception) -> ModuleType:
+def microphone(samples: Any, **broken: Exception) -> ModuleType:
     """In the place of ``sounddevice``, which needs hardware."""
 
     class InputStream:
-        samplerate = float(rate)
+        samplerate = float(RATE)
 
         def __init__(self, callback: Callable[..., None], **options: Any) -> None:
             if "opening" in broken:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi4edge.errors import BundleError, FileError
+from phi4edge.errors import BundleError
 from phi4edge.media_source import FileState, file_state
 from phi4edge.strict_json import read_bytes
 
@@ -31,10 +31,10 @@ class Attached:
     def short_name(self) -> str:
         return Path(self.name).name
 
-    def require_unchanged(self) -> None:
-        """FileError when what it was has gone."""
-        if self.state is not None and file_state(self.source) != self.state:
-            raise FileError("is gone, or was changed after it was attached", path=self.name, hint="attach it again")
+    @property
+    def is_there(self) -> bool:
+        """Whether it is still what was attached."""
+        return self.state is None or file_state(self.source) == self.state
 
 
 def attached_file(kind: str, path: str) -> Attached:

@@ -112,7 +112,8 @@ class Conversation:
         n_before = len(self._messages)
         try:
             for each in self._attached:
-                each.require_unchanged()
+                if not each.is_there:
+                    raise FileError("is gone, or was changed since it was attached", path=each.name)
             self._answer([*self._messages, {"role": "user", "content": parts or text}], self._config)
         except Phi4EdgeError as error:
             if len(self._messages) == n_before:
@@ -222,9 +223,11 @@ class Conversation:
         prompt = [*start, *messages]
         before = self._model.last
         failure: Exception | None = None
+        for each in self._kept:
+            if not each.is_there:
+                problem = f"'{each.name}' of an earlier message is gone, or was changed"
+                raise FileError(problem, hint="/clear forgets the conversation, which needs it")
         try:
-            for each in self._kept:
-                each.require_unchanged()
             last = answers.stream_answer(self._model, prompt, config, **self._options)
         except (KeyboardInterrupt, Exception) as error:
             begun = self._model.last

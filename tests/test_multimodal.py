@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shlex
@@ -24,7 +25,7 @@ from phi4edge.audio_processor import load_audio
 from phi4edge.bundle import MANIFEST, Bundle
 from phi4edge.converters.convert import convert
 from phi4edge.errors import BundleError, Cancelled, InputError, UsageError
-from phi4edge.image_processor import ImageNumbers
+from phi4edge.image_processor import Crops, ImageNumbers
 from processes import is_one_error_line
 from reference import Reference, relative_difference
 from tiny_media import MediaShape, tiny_multimodal
@@ -187,6 +188,40 @@ def test_progress_covers_encoders_and_decoder_and_may_cancel(model: phi4edge.Mod
     with pytest.raises(Cancelled):
         model.generate(messages[:1], max_tokens=1, session=model.session(), progress=lambda done, total: done < 200)
     assert model.generate(messages, max_tokens=4).tokens == model.generate(messages, max_tokens=4).tokens
+
+
+def test_an_answer_is_cancelled_while_an_encoder_works(model: phi4edge.Model) -> None:
+    messages = MODES["an image"][0]
+    steps: list[int] = []
+
+    def cancel(done: int, total: int) -> None:
+        steps.append(done)
+        model.cancel()
+
+    with pytest.raises(Cancelled):
+        model.generate(messages, max_tokens=3, progress=cancel)
+    assert steps == [0]
+    assert len(model.generate(messages, max_tokens=3).tokens) == 3
+
+
+def test_an_answer_started_while_an_encoder_works_ends_the_first(model: phi4edge.Model) -> None:
+    inner: list[tuple[int, ...]] = []
+
+    def ask_again(done: int, total: int) -> None:
+        if not inner:
+            inner.append(model.generate(MODES["text"][0], max_tokens=3).tokens)
+
+    with pytest.raises(UsageError, match="another answer"):
+        model.generate(MODES["an image"][0], max_tokens=3, progress=ask_again)
+    assert model.generate(MODES["text"][0], max_tokens=3).tokens == inner[0]
+
+
+def test_what_encoders_take_is_freed_once_the_prompt_is_computed(model: phi4edge.Model) -> None:
+    pieces = model.stream(MODES["an image"][0], max_tokens=20)
+    next(pieces)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Crops)]
+    pieces.close()
 
 
 def test_T4_placeholders_that_a_user_typed_are_text(model: phi4edge.Model) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4edge import _core, machine
-from phi4edge.adapters import AdapterSet, checked_scale
+from phi4edge.adapters import NO_ADAPTER, AdapterSet, checked_scale
 from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.errors import InputError, UsageError
@@ -286,7 +286,7 @@ class Model:
         return session
 
     def _adapter(self, name: str | None) -> _core.Adapter | None:
-        return None if name is None else self._adapters.get(name, self._adapter_reader())
+        return None if name in (None, NO_ADAPTER) else self._adapters.get(name, self._adapter_reader())
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a prompt: a user's text, messages, or ids as they are.
@@ -365,11 +365,11 @@ class Model:
             is taken.
         progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
             that is encoded count twice.
-        adapter: one of ``adapters``, for the prompt and the answer; None is the one that the bundle has for what the
-            prompt holds: none for text.
+        adapter: one of ``adapters``, for the prompt and the answer, or "none"; None is the one that the bundle has for
+            what the prompt holds: none for text.
         adapter_scale: multiplies what the adapter adds; any finite number.
-        max_crops: of each image, and of all frames of a video together, at most what the model was made for; fewer take
-            less time, and show less.
+        max_crops: of each image, and of all frames of a video together (but one for each frame at least), at most what
+            the model was made for; fewer take less time, and show less.
         session: of this model; None is its own one.
         overrides: fields of GenerationConfig.
         What the prompt has in common with the one before is not computed again if the adapter and scale are the same.

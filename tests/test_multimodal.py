@@ -75,7 +75,9 @@ def test_logits_equal_those_of_transformers(model: phi4edge.Model, oracle: Media
     assert relative_difference(logits, expected) <= 1e-3
     for wrong in {"vision", "speech"} - {adapter}:
         assert relative_difference(model.next_logits(messages, adapter=wrong), expected) > 0.03
-    assert relative_difference(model.next_logits(messages, adapter_scale=0.0), logits) > 0.03 or adapter is None
+    without = model.next_logits(messages, adapter="none")
+    np.testing.assert_array_equal(model.next_logits(messages, adapter_scale=0.0), without)
+    assert relative_difference(without, logits) > 0.03 or adapter is None
 
 
 def test_media_stand_before_the_text_images_first(model: phi4edge.Model) -> None:
@@ -267,8 +269,13 @@ def test_a_prompt_that_does_not_fit_says_what_each_part_takes(bundle: Path) -> N
         ({"type": "image"}, r"content\[0\].image: is missing"),
         (
             {"type": "document", "document": "a.pdf"},
-            "type 'document', and this model reads only text and image and audio",
+            "type 'document', and this model reads only text, image, audio",
         ),
+        (
+            {"type": "image", "image": "a.png", "detail": "high"},
+            r"content\[0\]: 'detail' is not known in a part of type",
+        ),
+        ({"type": "audio", "audio": "a.wav", "frames": 3}, r"content\[0\]: 'frames' is not known"),
         ({"type": "image", "image": b"no image"}, r"messages\[0\].content\[0\].image: .*"),
         ({"type": "image", "image": 5}, r"messages\[0\].content\[0\].image: is "),
         ({"type": "audio", "audio": b""}, r"messages\[0\].content\[0\].audio: is empty"),
@@ -351,6 +358,11 @@ def test_the_command_line_answers_about_files(bundle: Path, tmp_path: Path) -> N
         assert (answer["adapter"] or {}).get("name") == adapter
         assert (answer["usage"]["image_tokens"], answer["usage"]["audio_tokens"]) == (n_image, n_audio)
         assert (answer["timings"]["encoder_seconds"] > 0) == (adapter is not None)
+    as_it_is = processes.run("run", str(bundle), "the cat", "--image", image, "--adapter", "none", "--json", "-n", "3")
+    assert json.loads(as_it_is.stdout)["adapter"] is None
+    memory = json.loads(processes.run("info", str(bundle), "--json").stdout)["memory"]["when_used_bytes"]
+    sizes = {part.role: part.n_bytes for part in Bundle.open(bundle).manifest.parts if part.role != "backbone"}
+    assert memory == {role: int(size * (1 if "adapter" in role else 1.5)) for role, size in sizes.items()}
     told = processes.run("run", str(bundle), "the cat", "--image", image, "--stats", "--max-tokens", "3")
     assert "53 image tokens" in told.stderr and "adapter vision" in told.stderr
 

@@ -139,7 +139,7 @@ def read_peft_adapter(name: str, directory: Path, config: BackboneConfig) -> Ada
 
     Raises UsageError for the name, FileError, BundleError.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "none":  # which stands for no adapter
         raise UsageError(
             f"'{name[:80]}' is no name for an adapter",
             field="adapter",

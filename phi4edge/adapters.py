@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 from phi4edge.errors import UsageError
 
+NO_ADAPTER = "none"  # what a user writes for the model as it is; no adapter may be called so
+
 Loaded = TypeVar("Loaded")
 StrPath = str | os.PathLike[str]
 
@@ -32,7 +34,7 @@ class AdapterSet(Generic[Loaded]):
         """Raises UsageError for a name that is taken or none, and what ``load`` raises; then nothing has changed."""
         if not isinstance(name, str) or not name.strip():
             raise UsageError(f"must be a text that is not empty, got {name!r:.80}", field="adapter")
-        if name in self.names:
+        if name in (*self.names, NO_ADAPTER):
             raise UsageError(f"the name {name!r:.80} is taken", field="adapter", hint="choose another one")
         self._loaded[name] = load(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,6 +90,10 @@ class Answer:
     def n_expected(self) -> int:
         """Tokens for which to make room at once: a longer answer gets more as it comes."""
         return min(self._n_most, _EXPECTED)
+
+    def forget_media(self) -> None:
+        """Once the prompt is computed."""
+        self.request = replace(self.request, prompt=self.request.prompt.without_data())
 
     def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
         """Takes one more token; the text that became certain by it, or None."""

@@ -24,6 +24,11 @@ class Expanded:
     def media(self) -> list[MediaInput]:
         return [piece for piece in self.pieces if isinstance(piece, MediaInput)]
 
+    def without_data(self) -> Expanded:
+        """The same without what encoders take, which may be hundreds of megabytes."""
+        pieces = (piece.without_data() if isinstance(piece, MediaInput) else piece for piece in self.pieces)
+        return Expanded(tuple(pieces), self.keys)
+
     def n_tokens(self, kind: str) -> int:
         """Positions that images, or sounds, take."""
         return sum(item.n_tokens for item in self.media if item.kind == kind)

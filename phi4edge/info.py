@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge import _core, machine
-from phi4edge.bundle import BACKBONE, Manifest, backbone_of, bundle_at
+from phi4edge.bundle import AUDIO, BACKBONE, VISION, Manifest, backbone_of, bundle_at
 from phi4edge.errors import BundleError, UsageError
+from phi4edge.providers import CPU, memory_need
 
 LARGEST_CONTEXT = 1 << 24  # tokens
 DEFAULT_CONTEXT = 4096  # tokens; less when the model was trained on less
@@ -126,6 +127,18 @@ class ModelInfo:
     metadata: Mapping[str, Any]  # in file order; an array is replaced by ``{"items": n}``
     warnings: tuple[str, ...]
     bundle: Manifest | None  # of the directory that was given
+
+    @property
+    def memory_when_used(self) -> dict[str, int]:
+        """Bytes, about, that a request adds which needs an adapter or an encoder of the bundle, by their roles."""
+        parts = () if self.bundle is None else self.bundle.parts
+        return {
+            part.role: memory_need(CPU, part.n_bytes, str(part.details.get("precision", "")))
+            if part.role in (VISION, AUDIO)
+            else part.n_bytes
+            for part in parts
+            if part.role != BACKBONE
+        }
 
     @property
     def n_parameters(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4edge import _core, machine
-from phi4edge.adapters import AdapterSet, checked_scale
+from phi4edge.adapters import NO_ADAPTER, AdapterSet, checked_scale
 from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.errors import InputError, UsageError
@@ -135,7 +135,8 @@ def _template(
 class Model:
     """Weights, tokenizer and chat template of one model, with one conversation of its own; made by :func:`load`.
 
-    Not for use from several threads at once; ``session()`` gives each thread a sequence of its own.
+    Not for use from several threads at once, but for ``cancel()``; sessions of ``session()`` may each be extended in a
+    thread of its own.
     """
 
     def __init__(
@@ -279,12 +280,13 @@ class Model:
     def _new_session(self, context: int, adapter: _core.Adapter | None, scale: float) -> Session:
         core = self._require_core()
         growth = Growth(self.context, self._kv_bytes(1), self._available_memory)
+        growth.require_memory(context)
         session = Session(_core.Session(core, context, self.kv_type), core, growth)
         session.use(adapter, scale)
         return session
 
     def _adapter(self, name: str | None) -> _core.Adapter | None:
-        return None if name is None else self._adapters.get(name, self._adapter_reader())
+        return None if name in (None, NO_ADAPTER) else self._adapters.get(name, self._adapter_reader())
 
     def encode(self, prompt: Prompt, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a prompt: a user's text, messages, or ids as they are.
@@ -332,7 +334,7 @@ class Model:
         request = self._request(prompt, adapter, adapter_scale, max_crops)
         if session is None:
             session = self._new_session(len(request.prompt.keys), request.loaded, request.scale)
-        return self._prefill(self._owned(session), request, None, 0)
+        return self._prefill(self._owned(session), session.begin(), request, None, 0)
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Generation:
         """The whole answer; see :meth:`stream`."""
@@ -363,11 +365,11 @@ class Model:
             is taken.
         progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
             that is encoded count twice.
-        adapter: one of ``adapters``, for the prompt and the answer; None is the one that the bundle has for what the
-            prompt holds: none for text.
+        adapter: one of ``adapters``, for the prompt and the answer, or "none"; None is the one that the bundle has for
+            what the prompt holds: none for text.
         adapter_scale: multiplies what the adapter adds; any finite number.
-        max_crops: of each image, and of all frames of a video together, at most what the model was made for; fewer take
-            less time, and show less.
+        max_crops: of each image, and of all frames of a video together (but one for each frame at least), at most what
+            the model was made for; fewer take less time, and show less.
         session: of this model; None is its own one.
         overrides: fields of GenerationConfig.
         What the prompt has in common with the one before is not computed again if the adapter and scale are the same.
@@ -445,6 +447,7 @@ class Model:
     def _prefill(
         self,
         session: Session,
+        turn: object,
         request: Request,
         progress: Progress | None,
         n_answer: int,
@@ -455,6 +458,7 @@ class Model:
         Everything is appended first and computed at once: each call of the decoder reads all weights.
         """
         prompt = request.prompt
+        progress = _stoppable(session, progress)
         session.use(request.loaded, request.scale)
         n_cached = session.reuse(prompt.keys)
         session.reserve(len(prompt.keys) + n_answer)
@@ -470,6 +474,7 @@ class Model:
                 started = time.perf_counter()
                 rows = self._media.encode(piece, steps.encoder(piece), runs)[n_kept:]
                 encoder_seconds += time.perf_counter() - started
+                session.require(turn)  # nobody locks the sequence while an encoder works
                 keys = prompt.keys[begin + n_kept : end]
                 if is_last:
                     logits = session.extend_embeddings(rows, keys, progress=steps.decoder())
@@ -487,10 +492,11 @@ class Model:
         return row
 
     def _stream(self, session: Session, answer: Answer, progress: Progress | None) -> Generator[Piece, None, None]:
-        turn = session.turn = object()
+        turn = session.begin()
         try:
             started = time.perf_counter()
-            logits = self._prefill(session, answer.request, progress, answer.n_expected, answer)
+            logits = self._prefill(session, turn, answer.request, progress, answer.n_expected, answer)
+            answer.forget_media()
             answer.prefill_seconds = time.perf_counter() - started - answer.encoder_seconds
             for key in answer.request.prompt.keys:
                 if isinstance(key, int):
@@ -502,10 +508,7 @@ class Model:
                     yield piece
                 if answer.finish_reason is not None:
                     return
-                if session.turn is not turn:
-                    raise UsageError(
-                        "another answer of this model was started meanwhile", hint="finish one first, or use session()"
-                    )
+                session.require(turn)
                 # The caller's own time between two pieces is not ours.
                 step = time.perf_counter()
                 logits = session.extend(answer.tokens[-1:], progress=progress if session.computes_all_again() else None)
@@ -525,6 +528,16 @@ class Model:
         if self._core is None:
             raise UsageError("the model was closed", hint="load it again")
         return self._core
+
+
+def _stoppable(session: Session, progress: Progress | None) -> Progress:
+    """A progress that also looks whether the answer was cancelled, from where the decoder cannot see it."""
+
+    def tell(done: int, total: int) -> bool | None:
+        going_on = None if progress is None else progress(done, total)
+        return False if session.cancelled else going_on
+
+    return tell
 
 
 def _is_chat(prompt: Any) -> bool:

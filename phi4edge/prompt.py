@@ -272,16 +272,19 @@ def _checked_part(part: object, field: str, kinds: Collection[str]) -> str:
         if part.get(kind) is None:
             sources = "a path or bytes" if kind == "video" else "a path, bytes or an array"
             raise InputError("is missing", field=f"{field}.{kind}", hint=f"give {sources}")
+        unknown = next((key for key in part if key not in ("type", kind, "frames" if kind == "video" else kind)), None)
+        if unknown is not None:
+            raise InputError(f"{str(unknown)[:40]!r} is not known in a part of type {kind!r}", field=field)
         frames = part.get("frames") if kind == "video" else None
         if frames is not None and (type(frames) is not int or not 1 <= frames <= MAX_FRAMES):
             raise InputError(f"is {frames!r:.40}, expected 1 to {MAX_FRAMES}", field=f"{field}.frames")
         return ""
     if kind != "text":
-        readable = " and ".join(["text", *(each for each, stands in PART_TYPES.items() if stands in kinds)])
+        readable = ", ".join(["text", *(each for each, stands in PART_TYPES.items() if stands in kinds)])
         raise InputError(
             f"is a part of type {str(kind)[:40]!r}, and this model reads only {readable}",
             field=field,
-            hint="images, audio and video need a bundle with encoders",
+            hint="" if kinds else "images, audio and video need a bundle with encoders",
         )
     text = part.get("text")
     if not isinstance(text, str):

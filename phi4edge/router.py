@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from phi4edge.adapters import NO_ADAPTER
 from phi4edge.bundle import BACKBONE, MANIFEST, Bundle
 from phi4edge.encoders import BRANCHES, Branch
 from phi4edge.errors import BundleError, InputError
@@ -62,7 +63,7 @@ class Router:
 
         kinds: "image" and "audio", as far as the conversation has them.
         adapters: names that could be applied.
-        override: an adapter that the user asked for, whatever the request has.
+        override: an adapter that the user asked for, whatever the request has; "none" for none.
 
         Raises InputError when the bundle cannot answer such a request, BundleError when it does not say how.
         """
@@ -71,7 +72,7 @@ class Router:
             self._refuse(f"does not say which adapter {_NAMES[key]} needs", f"router.{key}")
         needed, branch = self._entries.get(key, (None, None))
         if override is not None:
-            return Route(override, branch, self.merged)
+            return Route(None if override == NO_ADAPTER else override, branch, self.merged)
         if needed is not None and needed == self.merged:
             return Route(None, branch, self.merged)
         if self.merged is not None and needed is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from phi4edge.errors import InputError, OutOfMemoryError
+from phi4edge.errors import Cancelled, InputError, OutOfMemoryError, UsageError
 from phi4edge.expanded import Key
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Session:
         self._growth = growth
         self.model = model
         self.turn = object()  # the answer that owns the sequence
+        self.cancelled = False  # of the answer that owns it
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -115,8 +116,11 @@ class Session:
         if n_tokens <= n_context:
             return
         self._growth.require_memory(n_tokens)
-        # A larger step than was asked for saves copies later.  What is not used of it takes no memory.
-        self._core.grow(min(n_most, max(n_tokens, 2 * n_context)))
+        try:
+            # A larger step than was asked for saves copies later.  What is not used of it takes no memory.
+            self._core.grow(min(n_most, max(n_tokens, 2 * n_context)))
+        except OutOfMemoryError:  # where memory that is not used counts too
+            self._core.grow(n_tokens)
 
     def reuse(self, keys: Sequence[Key]) -> int:
         """Keeps the longest common prefix with ``keys`` but leaves one of them to compute.
@@ -147,8 +151,24 @@ class Session:
         self._core.set_adapter(adapter, scale)
 
     def cancel(self) -> None:
-        """Ends the ``extend`` that runs in another thread, which raises Cancelled there."""
+        """Ends the ``extend`` that runs in another thread, or the answer that is written there: it raises Cancelled."""
+        self.cancelled = True
         self._core.cancel()
+
+    def begin(self) -> object:
+        """Makes a new answer the owner of the sequence, and returns what :meth:`require` asks for."""
+        self.cancelled = False
+        self.turn = object()
+        return self.turn
+
+    def require(self, turn: object) -> None:
+        """UsageError when the sequence belongs to another answer by now, Cancelled after :meth:`cancel`."""
+        if self.turn is not turn:
+            raise UsageError(
+                "another answer of this model was started meanwhile", hint="finish one first, or use session()"
+            )
+        if self.cancelled:
+            raise Cancelled("the answer was stopped")
 
 
 def token_ids(tokens: Sequence[int]) -> list[int]:

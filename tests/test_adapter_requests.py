@@ -111,6 +111,8 @@ def test_L3_a_change_while_streaming_is_for_the_next_request(model: phi4edge.Mod
 def test_L3_names_are_unique_and_known(model: phi4edge.Model, files: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="'red' is taken"):
         model.load_adapter("red", files["blue"])
+    with pytest.raises(UsageError, match="'none' is taken"):
+        model.load_adapter("none", files["blue"])
     for name in ("", " ", None, 5):
         with pytest.raises(UsageError, match="adapter"):
             model.load_adapter(name, files["blue"])  # type: ignore[arg-type]

@@ -38,11 +38,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def spreading(n: int) -> Floats:
+    """Sylvester's matrix, orthonormal, for each part of the length that is the largest power of two in ``n``."""
+    matrix = np.ones((1, 1))
+    while n % (2 * len(matrix)) == 0:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]]) / np.sqrt(2))
+    return np.asarray(np.kron(np.eye(n // len(matrix)), matrix))
+
+
 def rounded_to_q8_0(rows: Floats) -> Floats:
-    """By the gguf package; rows are filled up to whole blocks with zeros."""
+    """By the gguf package, in the basis that spreads outliers; rows are filled up to whole blocks with zeros."""
     n = rows.shape[-1]
-    padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -n % 32)]).astype(np.float32)
-    return np.asarray(gguf.quants.dequantize(gguf.quants.quantize(padded, Q8_0), Q8_0)[..., :n], rows.dtype)
+    spread = rows @ spreading(n)
+    padded = np.pad(spread, [(0, 0)] * (rows.ndim - 1) + [(0, -n % 32)]).astype(np.float32)
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(padded, Q8_0), Q8_0)[..., :n]
+    return np.asarray(rounded @ spreading(n), rows.dtype)
 
 
 def rounded_to_f16(rows: Floats) -> Floats:
@@ -242,7 +252,7 @@ def test_eight_bits_cost_a_trained_model_no_more_than_in_llama_cpp(
 ) -> None:
     """In a file of F16 weights, whose products are exact: 8-bit activations would hide the difference.
 
-    llama.cpp rotates keys and values before it rounds them, which spreads outliers; without that it stores what we do.
+    Both spread outliers over a head before rounding; llama.cpp can be told not to.
     """
     n_tokens = 256
     path = quantized_gguf(smollm2, "MOSTLY_F16", tmp_path / "smollm2-f16.gguf")
@@ -251,7 +261,7 @@ def test_eight_bits_cost_a_trained_model_no_more_than_in_llama_cpp(
         with phi4edge.load(path, context=n_tokens, kv_type=kv_type, threads=2) as model:
             tokens = model.tokenizer.encode(english)[:n_tokens]
             rows[kv_type] = log_probabilities(model.logits(tokens))
-    for name in ("llama.cpp, rotated", "llama.cpp"):
+    for name in ("llama.cpp", "llama.cpp, not spread"):
         with closing(LlamaCpp(path, n_context=n_tokens, kv_type="Q8_0")) as peer:
             rows[name] = log_probabilities(peer.logits(tokens))
         monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
@@ -261,6 +271,6 @@ def test_eight_bits_cost_a_trained_model_no_more_than_in_llama_cpp(
         print(f"{name}: from f32 {divergence[name]:.2e}, same choice {same_choices(rows['f32'], row):.3f}")
     assert divergence["f16"] <= 1e-5
     assert divergence["q8_0"] <= divergence["llama.cpp"]
-    assert divergence["q8_0"] <= 3 * divergence["llama.cpp, rotated"]
-    assert divergence["q8_0"] <= 1e-3
+    assert divergence["q8_0"] <= 0.5 * divergence["llama.cpp, not spread"]
+    assert divergence["q8_0"] <= 3e-4
     assert same_choices(rows["f32"], rows["q8_0"]) >= 0.97

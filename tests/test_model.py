@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 import phi4edge
+import processes
 from phi4edge import _core
 from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UnsupportedError, UsageError
 from phi4edge.session import Growth, Session
@@ -300,3 +304,53 @@ def test_without_a_context_the_cache_grows_with_the_conversation(tmp_path: Path)
     with pytest.raises(OutOfMemoryError, match="60 tokens needs 60 MiB of memory, but 50 MiB are available"):
         session.extend(prompt[50:60])
     assert len(session) == 50
+
+
+def test_an_answer_is_cancelled_between_two_tokens_too(model: phi4edge.Model) -> None:
+    pieces = model.stream(QUESTION, max_tokens=50)
+    next(pieces)
+    model.cancel()
+    with pytest.raises(Cancelled):
+        next(pieces)
+    assert model.last is not None and model.last.finish_reason == "cancelled"
+    assert model.generate(QUESTION, max_tokens=3).finish_reason == "length"
+
+
+def test_logits_of_another_prompt_end_an_answer_on_the_same_session(model: phi4edge.Model) -> None:
+    session = model.session()
+    pieces = model.stream(QUESTION, max_tokens=50, session=session)
+    next(pieces)
+    model.next_logits("Something else", session=session)
+    with pytest.raises(UsageError, match="another answer"):
+        next(pieces)
+
+
+LIMITED = """
+import resource, sys
+import phi4edge
+from phi4edge import _core
+with phi4edge.load(sys.argv[1], threads=1, kv_type="f32") as model:
+    session = model.session()
+    need = 4500 * model.decode_bytes(1) - 4500 * model.decode_bytes(0)
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + need * 5 // 4 + (1 << 20),) * 2)
+    session.reserve(4500)
+    try:
+        session.reserve(18_000)
+    except phi4edge.OutOfMemoryError as error:
+        print(error)
+    try:
+        sessions = [model.session() for _ in range(3)]
+    except phi4edge.OutOfMemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of the address space works on Linux alone")
+def test_the_cache_grows_as_far_as_the_memory_is_enough(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, context=20_000, layers=8, heads=8, kv_heads=8, head_dim=128)
+    done = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, cwd=processes.ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(re.match(r"the KV cache of \d+ tokens needs \d+ MiB", line) for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shlex
@@ -24,7 +25,7 @@ from phi4edge.audio_processor import load_audio
 from phi4edge.bundle import MANIFEST, Bundle
 from phi4edge.converters.convert import convert
 from phi4edge.errors import BundleError, Cancelled, InputError, UsageError
-from phi4edge.image_processor import ImageNumbers
+from phi4edge.image_processor import Crops, ImageNumbers
 from processes import is_one_error_line
 from reference import Reference, relative_difference
 from tiny_media import MediaShape, tiny_multimodal
@@ -74,7 +75,9 @@ def test_logits_equal_those_of_transformers(model: phi4edge.Model, oracle: Media
     assert relative_difference(logits, expected) <= 1e-3
     for wrong in {"vision", "speech"} - {adapter}:
         assert relative_difference(model.next_logits(messages, adapter=wrong), expected) > 0.03
-    assert relative_difference(model.next_logits(messages, adapter_scale=0.0), logits) > 0.03 or adapter is None
+    without = model.next_logits(messages, adapter="none")
+    np.testing.assert_array_equal(model.next_logits(messages, adapter_scale=0.0), without)
+    assert relative_difference(without, logits) > 0.03 or adapter is None
 
 
 def test_media_stand_before_the_text_images_first(model: phi4edge.Model) -> None:
@@ -189,6 +192,40 @@ def test_progress_covers_encoders_and_decoder_and_may_cancel(model: phi4edge.Mod
     assert model.generate(messages, max_tokens=4).tokens == model.generate(messages, max_tokens=4).tokens
 
 
+def test_an_answer_is_cancelled_while_an_encoder_works(model: phi4edge.Model) -> None:
+    messages = MODES["an image"][0]
+    steps: list[int] = []
+
+    def cancel(done: int, total: int) -> None:
+        steps.append(done)
+        model.cancel()
+
+    with pytest.raises(Cancelled):
+        model.generate(messages, max_tokens=3, progress=cancel)
+    assert steps == [0]
+    assert len(model.generate(messages, max_tokens=3).tokens) == 3
+
+
+def test_an_answer_started_while_an_encoder_works_ends_the_first(model: phi4edge.Model) -> None:
+    inner: list[tuple[int, ...]] = []
+
+    def ask_again(done: int, total: int) -> None:
+        if not inner:
+            inner.append(model.generate(MODES["text"][0], max_tokens=3).tokens)
+
+    with pytest.raises(UsageError, match="another answer"):
+        model.generate(MODES["an image"][0], max_tokens=3, progress=ask_again)
+    assert model.generate(MODES["text"][0], max_tokens=3).tokens == inner[0]
+
+
+def test_what_encoders_take_is_freed_once_the_prompt_is_computed(model: phi4edge.Model) -> None:
+    pieces = model.stream(MODES["an image"][0], max_tokens=20)
+    next(pieces)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is Crops]
+    pieces.close()
+
+
 def test_T4_placeholders_that_a_user_typed_are_text(model: phi4edge.Model) -> None:
     typed = "<|endoftext10|><|endoftext11|><|image_1|><|audio_1|>"
     for text in (typed, typed + "|>", "10|>" + typed):
@@ -232,8 +269,13 @@ def test_a_prompt_that_does_not_fit_says_what_each_part_takes(bundle: Path) -> N
         ({"type": "image"}, r"content\[0\].image: is missing"),
         (
             {"type": "document", "document": "a.pdf"},
-            "type 'document', and this model reads only text and image and audio",
+            "type 'document', and this model reads only text, image, audio",
         ),
+        (
+            {"type": "image", "image": "a.png", "detail": "high"},
+            r"content\[0\]: 'detail' is not known in a part of type",
+        ),
+        ({"type": "audio", "audio": "a.wav", "frames": 3}, r"content\[0\]: 'frames' is not known"),
         ({"type": "image", "image": b"no image"}, r"messages\[0\].content\[0\].image: .*"),
         ({"type": "image", "image": 5}, r"messages\[0\].content\[0\].image: is "),
         ({"type": "audio", "audio": b""}, r"messages\[0\].content\[0\].audio: is empty"),
@@ -316,6 +358,11 @@ def test_the_command_line_answers_about_files(bundle: Path, tmp_path: Path) -> N
         assert (answer["adapter"] or {}).get("name") == adapter
         assert (answer["usage"]["image_tokens"], answer["usage"]["audio_tokens"]) == (n_image, n_audio)
         assert (answer["timings"]["encoder_seconds"] > 0) == (adapter is not None)
+    as_it_is = processes.run("run", str(bundle), "the cat", "--image", image, "--adapter", "none", "--json", "-n", "3")
+    assert json.loads(as_it_is.stdout)["adapter"] is None
+    memory = json.loads(processes.run("info", str(bundle), "--json").stdout)["memory"]["when_used_bytes"]
+    sizes = {part.role: part.n_bytes for part in Bundle.open(bundle).manifest.parts if part.role != "backbone"}
+    assert memory == {role: int(size * (1 if "adapter" in role else 1.5)) for role, size in sizes.items()}
     told = processes.run("run", str(bundle), "the cat", "--image", image, "--stats", "--max-tokens", "3")
     assert "53 image tokens" in told.stderr and "adapter vision" in told.stderr
 

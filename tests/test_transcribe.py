@@ -322,7 +322,7 @@ def test_U6_what_was_heard_before_a_signal_is_whole(
 
 def test_U6_json_that_was_interrupted_has_what_was_heard(endless: list[str]) -> None:
     with closing(Terminal([*endless, "--json"])) as terminal:
-        terminal.expect(r"Listening[^\r\n]* [1-9]\d+/512")  # not the first piece any more
+        terminal.expect(r"Listening[^\r\n]*[ m][1-9]\d+/512")  # not the first piece any more
         terminal.type("\x03")
         assert terminal.wait() == 130
         found = re.search(r'\{"model.*\}', terminal.shown)

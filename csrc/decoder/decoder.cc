@@ -400,12 +400,14 @@ void Session::attend(Worker& worker, int64_t layer, int64_t first, int64_t n) {
       const int64_t t = t0 + i / group, head = kv_head * group + i % group;
       const float* q = qkv_.get() + t * stride + head * head_dim;
       for (int64_t d = 0; d < head_dim; ++d) queries[i * head_dim + d] = q[d] * scale;
+      cache_.spread(queries + i * head_dim);
       last_key[i] = first + t;
       first_key[i] = c.sliding_window > 0 ? std::max<int64_t>(0, first + t - c.sliding_window + 1) : 0;
     }
     kernel({queries, head_dim, int(n_tokens * group), first_key, last_key, int(head_dim), int(cache_.value_dim()),
             cache_.keys(layer, kv_head), cache_.values(layer, kv_head), out, head_dim, last_key + round_up16(max_queries)});
     for (int64_t i = 0; i < n_tokens * group; ++i) {
+      cache_.spread(out + i * head_dim);
       float* to = attention_.get() + (t0 + i / group) * q_dim_ + (kv_head * group + i % group) * head_dim;
       std::memcpy(to, out + i * head_dim, size_t(head_dim) * sizeof(float));
     }

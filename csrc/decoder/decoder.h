@@ -78,8 +78,8 @@ class Session {
   void set_adapter(std::shared_ptr<const Adapter> adapter, double scale);
   void cancel() { cancelled_.store(true); }  // from any thread; ends the extend() that is running
 
-  // Starts sums of squares of every matrix's inputs at zero, or stops adding to them.  Tokens that are computed again count
-  // once; a call that was cancelled has added a part of its tokens.
+  // Starts sums of squares of every matrix's inputs at zero, or stops adding to them.  Only the tokens of
+  // extend() count, once even if they are computed again; a call that was cancelled has added a part of its tokens.
   void collect_input_squares(bool enabled);
   std::vector<InputSquares::Entry> input_squares();  // empty before the first collect_input_squares(true)
 

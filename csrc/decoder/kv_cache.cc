@@ -1,5 +1,7 @@
 #include "decoder/kv_cache.h"
 
+#include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "base/error.h"
@@ -108,13 +110,35 @@ void KvCache::store(int64_t layer, int64_t kv_head, int64_t position, const floa
     }
     case KvType::kQ8_0: {
       Codes codes[2];
-      kernels.to_q8(key, head_dim_, codes[0].codes, codes[0].scales);
-      kernels.to_q8(value, head_dim_, codes[1].codes, codes[1].scales);
+      const float* heads[2] = {key, value};
+      for (int i = 0; i < 2; ++i) {
+        float even[kLargestHead];
+        std::memcpy(even, heads[i], size_t(head_dim_) * sizeof(float));
+        spread(even);
+        kernels.to_q8(even, head_dim_, codes[i].codes, codes[i].scales);
+      }
       store_blocks(codes[0], codes[1], value_dim_ / KvBlock::kDims, position, reinterpret_cast<KvBlock*>(keys),
                    reinterpret_cast<KvBlock*>(values));
       break;
     }
   }
+}
+
+// Fast Walsh-Hadamard transform of the parts whose length is the largest power of two that divides head_dim.
+void KvCache::spread(float* head) const {
+  if (type_ != KvType::kQ8_0) return;
+  const int64_t length = int64_t(1) << std::countr_zero(uint64_t(head_dim_));
+  for (int64_t step = 1; step < length; step *= 2) {
+    for (int64_t begin = 0; begin < head_dim_; begin += 2 * step) {
+      for (int64_t i = begin; i < begin + step; ++i) {
+        const float a = head[i], b = head[i + step];
+        head[i] = a + b;
+        head[i + step] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(float(length));
+  for (int64_t i = 0; i < head_dim_; ++i) head[i] *= norm;
 }
 
 void KvCache::copy(const KvCache& other, int64_t n_positions) {

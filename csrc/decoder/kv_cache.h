@@ -1,7 +1,8 @@
 // Keys and values of the tokens seen so far.
 //   f16, f32   keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention multiplies
 //              values  [layer][kv_head][position][value_dim]           value_dim is head_dim rounded up to 16
-//   q8_0       both    [layer][kv_head][position / 16][value_dim / 32] of KvBlock; value_dim is head_dim rounded up to 32
+//   q8_0       both    [layer][kv_head][position / 16][value_dim / 32] of KvBlock; value_dim is head_dim rounded up to 32;
+//              what is stored is spread(key), spread(value)
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,10 @@ class KvCache {
   // key and value: head_dim floats; key is already rotated.
   void store(int64_t layer, int64_t kv_head, int64_t position, const float* key, const float* value,
              const KernelTable& kernels);
+  // Multiplies a head with the orthonormal matrix that spreads each number evenly over the head, in place, where the type
+  // needs it: with 32 numbers to a scale, one that is larger than the others would cost them their digits (Ashkboos et al.,
+  // "QuaRot", 2024).  Queries must be spread as keys are, and sums of values be spread back: the matrix is its own inverse.
+  void spread(float* head) const;
   // Takes over the first n_positions of a cache of the same model and type, which may have fewer positions.
   void copy(const KvCache& other, int64_t n_positions);
   const void* keys(int64_t layer, int64_t kv_head) const;

@@ -78,6 +78,7 @@ def info_as_json(found: ModelInfo, *, with_tensors: bool) -> dict[str, Any]:
             "total_bytes": memory.total,
             "available_bytes": memory.available,
             "fits": memory.fits,
+            "when_used_bytes": dict(found.memory_when_used),
         },
     }
     document["tokenizer"]["special_ids"] = {
@@ -172,6 +173,8 @@ def _memory_rows(found: ModelInfo) -> Iterable[Sequence[str]]:
     yield "total", output.bytes_text(memory.total) + verdict
     if memory.available is not None:
         yield "available now", output.bytes_text(memory.available)
+    for name, n_bytes in found.memory_when_used.items():
+        yield f"{name}, when used", output.bytes_text(n_bytes)
 
 
 def _table(title: str, rows: Iterable[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi4edge import machine
+from phi4edge.adapters import NO_ADAPTER
 from phi4edge.cli import output
 from phi4edge.cli.options import Runtime, named_as_option
 from phi4edge.cli.progress import ProgressBar
@@ -42,7 +43,9 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
 
 
 def load_adapter(model: Model, text: str) -> str:
-    """The name of the adapter that ``--adapter`` asks for, in memory now: NAME, FILE or NAME=FILE."""
+    """The name of the adapter that ``--adapter`` asks for, in memory now: NAME, FILE, NAME=FILE, or "none"."""
+    if text == NO_ADAPTER:
+        return text
     name, file = _name_and_file(model, text)
     with closing(ProgressBar("Loading the adapter", in_bytes=True)) as bar:
         try:

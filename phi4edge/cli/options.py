@@ -50,7 +50,8 @@ MaxCrops = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Crops to cut an image, or all frames of a video together, into; fewer take less time and show less. "
+        help="Crops to cut an image, or all frames of a video together, into, one for each frame at least; fewer take "
+        "less time and show less. "
         "[default: what the model knows]",
         rich_help_panel=_MEDIA,
         show_default=False,
@@ -177,7 +178,7 @@ class Adaptation:
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A LoRA adapter: the name of one in the bundle, or a GGUF file, as FILE or NAME=FILE. "
+            help="A LoRA adapter: the name of one in the bundle, or a GGUF file, as FILE or NAME=FILE; or 'none'. "
             "[default: the one that the images and sounds of the prompt need]",
             rich_help_panel=_ANSWER,
         ),

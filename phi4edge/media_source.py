@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from phi4edge.errors import InputError
+from phi4edge.errors import FileError, InputError
 
 if TYPE_CHECKING:
     from phi4edge.prompt import MediaPart
@@ -36,6 +36,14 @@ _HINT: Final = "give a path, bytes or a data URL"
 def is_path(source: Any) -> bool:
     """Whether a source names a file."""
     return isinstance(source, os.PathLike) or (isinstance(source, str) and not _URL.match(source))
+
+
+def path_of(source: str | os.PathLike[str]) -> Path:
+    """The path of a source that names a file.  Raises FileError when it is bytes, or has a NUL."""
+    path = os.fspath(source)
+    if not isinstance(path, str) or "\0" in path:
+        raise FileError("is not a path", path=repr(path)[:80])
+    return Path(path)
 
 
 def data_of(source: Any, kind: str) -> bytes | None:

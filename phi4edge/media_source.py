@@ -42,7 +42,7 @@ def path_of(source: str | os.PathLike[str]) -> Path:
     """The path of a source that names a file.  Raises FileError when it is bytes, or has a NUL."""
     path = os.fspath(source)
     if not isinstance(path, str) or "\0" in path:
-        raise FileError("is not a path", path=repr(path)[:80])
+        raise FileError("cannot be read: is not a path", path=repr(path)[:80])
     return Path(path)
 
 

@@ -221,6 +221,27 @@ def sound_with_cover() -> bytes:
     return file.getvalue()
 
 
+def test_packets_of_other_streams_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    av = require("av")
+    for container in ("mp4", "matroska", "mpegts"):
+        file = io.BytesIO()
+        with av.open(file, "w", format=container) as output:
+            pictures, sound = output.add_stream("libx264", rate=10), output.add_stream("ac3", rate=48000, layout="mono")
+            pictures.width, pictures.height = SIZE
+            for packet in (*pictures.encode(av.VideoFrame.from_ndarray(grey(7))), *pictures.encode(None)):
+                output.mux(packet)
+            for k in range(30):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1536), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 48000, 1536 * k
+                output.mux(sound.encode(silence))
+            output.mux(sound.encode(None))
+        monkeypatch.setattr(video_files, "MAX_OTHER_PACKETS", 100)
+        assert levels(file.getvalue(), 2) == [7]
+        monkeypatch.setattr(video_files, "MAX_OTHER_PACKETS", 20)
+        with pytest.raises(InputError, match="video: has more than 20 packets of sound and other streams"):
+            list(video_frames(file.getvalue(), 2))
+
+
 def test_what_is_no_video_is_one_error(tmp_path: Path) -> None:
     clip = write_video([grey(k) for k in range(10)], codec="libx264")
     still = io.BytesIO()

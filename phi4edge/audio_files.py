@@ -5,8 +5,9 @@
 
 Files are hostile.  What a file is, is seen from its first bytes, not from its name, and only kinds on a list reach a
 decoder: libsndfile for WAV, FLAC, Ogg, MP3 and the like; FFmpeg, if the package ``av`` is installed, for MP4, Matroska
-and others.  Everything then goes block by block through averaging, resampling and the limit of the duration, so that no
-header decides how much memory is used.
+and others.  Of FFmpeg's decoders only those of sounds on a list are used, so that no frame of a video is decoded, and
+the index that it makes of an MP4 file is limited.  Everything then goes block by block through averaging, resampling
+and the limit of the duration, so that no header decides how much memory is used.
 
 Every other rate is resampled to 16 kHz, 8 kHz too.  The original processor only decimates by whole numbers, so that
 44.1 kHz becomes 22.05 kHz which it takes for 16, and it leaves the upper mel bands of 8 kHz empty.
@@ -18,7 +19,6 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ import soundfile
 from phi4edge.audio_samples import Float32, Mono16k, from_array
 from phi4edge.container_files import EXTRA, KINDS, START_BYTES, File, Kind, QuietFile, kind_of, open_regular
 from phi4edge.errors import FileError, InputError, OutOfMemoryError, UnsupportedError
-from phi4edge.media_source import data_of
+from phi4edge.media_source import data_of, path_of
+from phi4edge.mp4_boxes import OPTIONS, check_boxes
 
 MAX_SECONDS = 2 * 3600.0
 
@@ -40,6 +41,20 @@ _MP3_COUNT = rb"(Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f]|VBRI"  # in the
 _MP3_BLOCK = 8 * 1152  # samples
 # Demuxers of FFmpeg that guess the duration from the size of the file.
 _GUESSING = ("aac", "amr", "mp3", "mpeg", "mpegts")
+# Of FFmpeg: what sounds in the kinds of files that are read are made of.
+_DECODERS = (
+    *("aac", "aac_fixed", "aac_latm", "ac3", "ac3_fixed", "alac", "als", "amrnb", "amrwb", "ape", "atrac3"),
+    *("adpcm_adx", "adpcm_ima_dk3", "adpcm_ima_dk4", "adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms", "adpcm_swf"),
+    *("adpcm_yamaha", "atrac3al", "atrac3plus", "atrac3plusal", "cook", "dca", "dvaudio", "eac3", "flac", "g722"),
+    *("g723_1", "g726", "g726le", "g729", "gsm", "gsm_ms", "ilbc", "libopencore_amrnb", "libopencore_amrwb", "libopus"),
+    *("libvorbis", "mace3", "mace6", "mlp", "mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float", "nellymoser"),
+    *("opus", "pcm_alaw", "pcm_bluray", "pcm_dvd", "pcm_f16le", "pcm_f24le", "pcm_f32be", "pcm_f32le", "pcm_f64be"),
+    *("pcm_f64le", "pcm_mulaw", "pcm_s16be", "pcm_s16be_planar", "pcm_s16le", "pcm_s16le_planar", "pcm_s24be"),
+    *("pcm_s24le", "pcm_s24le_planar", "pcm_s32be", "pcm_s32le", "pcm_s32le_planar", "pcm_s64be", "pcm_s64le"),
+    *("pcm_s8", "pcm_s8_planar", "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le"),
+    *("pcm_u8", "qcelp", "qdm2", "qdmc", "s302m", "speex", "truehd", "truespeech", "tta", "vorbis", "wavpack"),
+    *("wmalossless", "wmapro", "wmav1", "wmav2", "wmavoice"),
+)
 # What libsndfile may find behind such a beginning; its other formats are old, and their readers little used.
 _FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST"}
 
@@ -61,14 +76,14 @@ def load_audio(source: AudioSource, *, max_seconds: float = MAX_SECONDS) -> Floa
     """
     data = data_of(source, "audio")
     source = source if data is None else data
-    path = str(source) if isinstance(source, (str, os.PathLike)) else ""
+    path = str(path_of(source)) if isinstance(source, (str, os.PathLike)) else ""
     try:
         if isinstance(source, bytes):
             return _decode(io.BytesIO(source), "", max_seconds)
         if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], np.ndarray):
             return from_array(*source, max_seconds)
         if isinstance(source, (str, os.PathLike)):
-            with open_regular(Path(source)) as file:
+            with open_regular(path_of(source)) as file:
                 return _decode(file, path, max_seconds)
     except OSError as error:
         if isinstance(error, FileError):
@@ -167,13 +182,23 @@ def _decode_with_av(file: File, kind: Kind, path: str, max_seconds: float) -> Fl
             f"{kind.name} needs the package 'av'", path=path, field="sound", hint=f"{EXTRA}, or convert it to WAV"
         ) from error
     quiet = QuietFile(file)
+    options = OPTIONS | {"codec_whitelist": ",".join(_DECODERS)}  # some packets are decoded to see what is in them
     try:
-        with av.open(quiet, format=kind.demuxer, metadata_errors="replace") as container:
+        if kind.demuxer == "mov":
+            check_boxes(quiet, path, "sound")
+        with av.open(quiet, format=kind.demuxer, options=options, metadata_errors="replace") as container:
             stream = next(iter(container.streams.audio), None)
             if stream is None:
                 raise InputError(f"is {kind.name} without any sound", path=path, field="sound")
             if stream.codec_context is None:
                 raise ValueError("no decoder")
+            if stream.codec_context.codec.name not in _DECODERS:
+                raise InputError(
+                    f"has a sound in the format {stream.codec_context.codec.canonical_name}, which is not read",
+                    path=path,
+                    field="sound",
+                    hint="convert it to WAV",
+                )
             n_channels, rate = stream.codec_context.channels, stream.codec_context.sample_rate
             sound = Mono16k(rate, n_channels, path, max_seconds)
             if kind.demuxer not in _GUESSING and stream.duration and stream.time_base:

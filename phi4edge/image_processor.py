@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -34,8 +33,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from phi4edge.encoders import PATCH, VisionFeatures
-from phi4edge.errors import BundleError, FileError, InputError, OutOfMemoryError, Phi4EdgeError, UsageError
-from phi4edge.media_source import data_of
+from phi4edge.errors import BundleError, InputError, OutOfMemoryError, Phi4EdgeError, UsageError
+from phi4edge.media_source import data_of, path_of
 from phi4edge.strict_json import read_bytes
 
 MAX_BYTES: Final = 64 << 20  # of a file
@@ -159,14 +158,12 @@ def load_image(source: ImageSource) -> Image.Image:
         return _from_file(data)
     if not isinstance(source, (str, os.PathLike)):
         raise _refusal(f"is of type {type(source).__name__}, expected a path, bytes, an image of Pillow or an array")
-    path = os.fspath(source)
-    if not isinstance(path, str) or "\0" in path:
-        raise FileError("is not a path", path=repr(path)[:80])
+    path = path_of(source)
     try:
-        data = read_bytes(Path(path), at_most=MAX_BYTES)
+        data = read_bytes(path, at_most=MAX_BYTES)
     except BundleError as error:
-        raise InputError(error.problem, path=path, hint="save it smaller, as JPEG for example") from error
-    return _from_file(data, path)
+        raise InputError(error.problem, path=str(path), hint="save it smaller, as JPEG for example") from error
+    return _from_file(data, str(path))
 
 
 def crop_budget(numbers: ImageNumbers, max_crops: int | None) -> int:

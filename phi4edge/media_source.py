@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from phi4edge.errors import InputError
+from phi4edge.errors import FileError, InputError
 
 if TYPE_CHECKING:
     from phi4edge.prompt import MediaPart
@@ -55,6 +55,14 @@ def file_state(path: str | os.PathLike[str]) -> FileState | None:
     except (OSError, TypeError, ValueError):
         return None
     return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def path_of(source: str | os.PathLike[str]) -> Path:
+    """The path of a source that names a file.  Raises FileError when it is bytes, or has a NUL."""
+    path = os.fspath(source)
+    if not isinstance(path, str) or "\0" in path:
+        raise FileError("cannot be read: is not a path", path=repr(path)[:80])
+    return Path(path)
 
 
 def data_of(source: Any, kind: str) -> bytes | None:

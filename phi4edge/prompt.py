@@ -270,8 +270,7 @@ def _checked_part(part: object, field: str, kinds: Collection[str]) -> str:
     kind = part.get("type")
     if isinstance(kind, str) and PART_TYPES.get(kind) in kinds:
         if part.get(kind) is None:
-            sources = "a path or bytes" if kind == "video" else "a path, bytes or an array"
-            raise InputError("is missing", field=f"{field}.{kind}", hint=f"give {sources}")
+            raise InputError("is missing", field=f"{field}.{kind}", hint="give a path, bytes or an array")
         unknown = next((key for key in part if key not in ("type", kind, "frames" if kind == "video" else kind)), None)
         if unknown is not None:
             raise InputError(f"{str(unknown)[:40]!r} is not known in a part of type {kind!r}", field=field)

@@ -10,9 +10,10 @@ times come from the packets, which are all read but not decoded: durations in he
 frames need not last equally long.  Decoding then goes from key frame to key frame where it can seek, and through
 everything where it cannot; the frames are the same.
 
-Files are hostile.  As with sounds, only kinds and codecs on a list reach a decoder, which cannot open other files, and
-the size, the number and the pixels of what is decoded are limited.  A file that ends early is sampled as far as it
-goes.  Fields of interlaced frames are not separated, and HDR is not mapped to the range of a screen.
+Files are hostile.  As with sounds, only kinds and codecs on a list reach a decoder, which cannot open other files; that
+holds too for the frames that FFmpeg decodes to see what is in a file.  The size, the number and the pixels of what is
+decoded are limited, and so is the index that FFmpeg makes of an MP4 file.  A file that ends early is sampled as far as
+it goes.  Fields of interlaced frames are not separated, and HDR is not mapped to the range of a screen.
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from phi4edge.container_files import EXTRA, KINDS, START_BYTES, File, Kind, QuietFile, kind_of, open_regular
 from phi4edge.errors import FileError, InputError, OutOfMemoryError, Phi4EdgeError, UnsupportedError
 from phi4edge.image_processor import MAX_PIXELS, MAX_SIDE, load_image
-from phi4edge.media_source import data_of, is_path
+from phi4edge.media_source import data_of, is_path, path_of
+from phi4edge.mp4_boxes import OPTIONS, check_boxes
 
 MAX_BYTES: Final = 8 << 30  # of a file, all of which is read
 MAX_PACKETS: Final = 1 << 20  # frames of a video, decoded or not; 4.8 hours at 60 a second
+MAX_OTHER_PACKETS: Final = 4 * MAX_PACKETS  # of sounds and all else
 MAX_WORK: Final = 1 << 36  # pixels that are decoded for one video: those of 33,000 frames of 1920 x 1080
 
-VideoSource = str | os.PathLike[str] | bytes
+VideoSource = str | os.PathLike[str] | bytes | npt.NDArray[Any]
 
 _LEAST_WORK: Final = 1 << 14  # pixels; small frames take time too
 _WORTH_SEEKING: Final = 16  # frames; after a jump, decoders hold back some before the first comes out
@@ -53,6 +57,8 @@ _CODECS: Final = frozenset(
         *("qtrle", "rawvideo", "theora", "utvideo", "vc1", "vp6f", "vp8", "vp9", "wmv1", "wmv2", "wmv3"),
     )
 )
+# Those whose decoder, for FFmpeg, has another name than the codec.
+_DECODERS: Final = (*sorted(_CODECS), "flv", "libdav1d", "libvpx", "libvpx-vp9", "msmpeg4")
 # The signs of a, b, c, d of a display matrix, which shows the pixel at (x, y) at (ax + cy, bx + dy).
 _TURNS: Final = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -106,12 +112,16 @@ def video_frames(source: VideoSource, n_frames: int, *, seek: bool = True) -> It
     There are fewer when the video has fewer, or shows one of them for so long that it would be taken twice.
 
     source: the path, the bytes or the data URL of an MP4, QuickTime, Matroska, WebM, AVI, WMV, FLV, Ogg or MPEG file,
-    or of an animated GIF or PNG.  seek: False decodes everything, which gives the same frames.
+    or of an animated GIF or PNG; or frames that are shown equally long, uint8 [n, height, width, 1, 3 or 4].
+    seek: False decodes everything, which gives the same frames.
 
     Raises FileError when there is no readable regular file; InputError when it is no video that we take, damaged, or
     too much work; UnsupportedError without the package ``av``; OutOfMemoryError.
     """
-    path = str(source) if is_path(source) else ""
+    if isinstance(source, np.ndarray):
+        yield from _frames_of(source, n_frames)
+        return
+    path = str(path_of(source)) if not isinstance(source, bytes) and is_path(source) else ""
     try:
         with _opened(source) as file:
             yield from _Video(file, path).frames(n_frames, seek)
@@ -125,13 +135,26 @@ def video_frames(source: VideoSource, n_frames: int, *, seek: bool = True) -> It
         raise OutOfMemoryError("needs more memory than there is", path=path, field="video") from error
 
 
+def _frames_of(array: npt.NDArray[Any], n_frames: int) -> Iterator[Frame]:
+    """One second a frame."""
+    if array.ndim != 4 or len(array) == 0:
+        problem = f"is {array.dtype} {list(array.shape)}, expected uint8 [n, height, width, 1, 3 or 4]"
+        raise InputError(f"{problem:.200}", field="video")
+    n_chosen = min(n_frames, len(array))
+    for index in range(n_chosen):
+        at = (2 * index + 1) * len(array) // (2 * n_chosen)
+        yield Frame(load_image(array[at]), index, n_chosen, float(at))
+
+
 def _opened(source: VideoSource) -> File:
     data = source if isinstance(source, bytes) else data_of(source, "video")
     if data is not None:
         return io.BytesIO(data)
     if isinstance(source, str | os.PathLike):
-        return open_regular(Path(source))
-    raise InputError(f"a video cannot come from {type(source).__name__}", field="video", hint="give a path, or bytes")
+        return open_regular(path_of(source))
+    raise InputError(
+        f"a video cannot come from {type(source).__name__}", field="video", hint="give a path, bytes or an array"
+    )
 
 
 class _Video:
@@ -149,6 +172,8 @@ class _Video:
 
     def frames(self, n_frames: int, seek: bool) -> Iterator[Frame]:
         try:
+            if self._kind.demuxer == "mov":
+                check_boxes(self.file, self.path, "video")
             with self.open() as container:
                 timeline = self._timeline(container)
             times = timeline.chosen(n_frames)
@@ -169,7 +194,8 @@ class _Video:
     def open(self) -> Any:
         """A container of av."""
         self.file.seek(0)
-        options = {"max_pixels": str(MAX_PIXELS)}  # some frames are decoded to see what the streams are
+        # Some frames are decoded to see what the streams are.
+        options = OPTIONS | {"codec_whitelist": ",".join(_DECODERS), "max_pixels": str(MAX_PIXELS)}
         return self.av.open(self.file, format=self._kind.demuxer, options=options, metadata_errors="replace")
 
     def stream_of(self, container: Any) -> Any:
@@ -234,11 +260,18 @@ class _Video:
 
     def packets(self, container: Any, stream: Any) -> Iterator[Any]:
         """Those that hold something; where the file is damaged is its end, unless nothing came before."""
-        found = False
+        found, n_others = False, 0
         try:
-            for packet in container.demux(stream):
+            for packet in container.demux():
                 self.file.raise_failure()
-                if packet.size:
+                if packet.stream_index != stream.index:
+                    n_others += 1
+                    if n_others > MAX_OTHER_PACKETS:
+                        raise self.refusal(
+                            f"has more than {MAX_OTHER_PACKETS} packets of sound and other streams",
+                            "cut out what matters",
+                        )
+                elif packet.size:
                     found = True
                     yield packet
         except self.av.FFmpegError:

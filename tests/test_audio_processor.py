@@ -7,15 +7,18 @@ import io
 import math
 import os
 import struct
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from peers import require
 from phi4edge.audio_processor import AudioNumbers, load_audio, log_mels, n_tokens
@@ -563,6 +566,44 @@ def test_other_kinds_have_limits_too() -> None:
         with pytest.raises(InputError, match=problem):
             load_audio(sound, max_seconds=2)
     assert 5 * 16000 <= len(load_audio(file, max_seconds=5.2)) < 5.2 * 16000
+
+
+def test_other_codecs_are_not_read() -> None:
+    samples = tones(16000, 8000)
+    av = require("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("real_144", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.int16(3000 * samples)[np.newaxis, :8000], format="s16", layout="mono")
+        frame.sample_rate = 8000
+        for part in av.AudioResampler(stream.format, "mono", 8000, frame_size=160).resample(frame):
+            output.mux(stream.encode(part))
+    with pytest.raises(InputError, match="has a sound in the format ra_144, which is not read; convert it to WAV"):
+        load_audio(file.getvalue())
+
+
+def test_M2_frames_of_a_video_are_not_decoded_for_its_sound(tmp_path: Path) -> None:
+    av = require("av")
+    png = io.BytesIO()
+    Image.new("L", (10_000, 10_000)).save(png, "PNG", compress_level=1)
+    with av.open(tmp_path / "a.mov", "w") as output:
+        pictures, sound = output.add_stream("png", rate=1), output.add_stream("pcm_s16le", rate=16000, layout="mono")
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 64, "gray"
+        output.start_encoding()
+        packet = av.Packet(png.getvalue())
+        packet.pts, packet.dts, packet.time_base, packet.stream, packet.is_keyframe = 0, 0, Fraction(1), pictures, True
+        output.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        output.mux(sound.encode(frame))
+    code = (
+        "import sys, av; from phi4edge.audio_files import load_audio; "
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); before = peak(); "
+        "print(len(load_audio(sys.argv[1])), peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.mov")], capture_output=True, text=True)
+    n_samples, n_kilobytes = map(int, done.stdout.split())
+    assert n_samples == 16000 and n_kilobytes < 40_000
 
 
 def test_other_kinds_without_av_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

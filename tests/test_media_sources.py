@@ -224,6 +224,21 @@ def test_M10_nothing_is_fetched(model: phi4edge.Model, listener: socket.socket, 
             loaders[kind](Path(url))
 
 
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"/tmp/x"
+
+
+@pytest.mark.parametrize("source", [BytesPath(), "a\0"], ids=["bytes", "a NUL"])
+def test_M10_what_is_no_path_is_one_error_for_all_kinds(model: phi4edge.Model, source: Any) -> None:
+    for load in (load_image, load_audio, lambda source: list(video_frames(source, 8))):
+        with pytest.raises(FileError, match="cannot be read: is not a path"):
+            load(source)
+    for kind in ("image", "audio", "video"):
+        with pytest.raises(FileError, match="cannot be read: is not a path"):
+            model.generate([{"role": "user", "content": [{"type": kind, kind: source}]}])
+
+
 def test_M10_other_names_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: socket.socket) -> None:
     monkeypatch.chdir(tmp_path)
     for name in (

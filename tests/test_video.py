@@ -221,6 +221,27 @@ def sound_with_cover() -> bytes:
     return file.getvalue()
 
 
+def test_packets_of_other_streams_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    av = require("av")
+    for container in ("mp4", "matroska", "mpegts"):
+        file = io.BytesIO()
+        with av.open(file, "w", format=container) as output:
+            pictures, sound = output.add_stream("libx264", rate=10), output.add_stream("ac3", rate=48000, layout="mono")
+            pictures.width, pictures.height = SIZE
+            for packet in (*pictures.encode(av.VideoFrame.from_ndarray(grey(7))), *pictures.encode(None)):
+                output.mux(packet)
+            for k in range(30):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1536), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 48000, 1536 * k
+                output.mux(sound.encode(silence))
+            output.mux(sound.encode(None))
+        monkeypatch.setattr(video_files, "MAX_OTHER_PACKETS", 100)
+        assert levels(file.getvalue(), 2) == [7]
+        monkeypatch.setattr(video_files, "MAX_OTHER_PACKETS", 20)
+        with pytest.raises(InputError, match="video: has more than 20 packets of sound and other streams"):
+            list(video_frames(file.getvalue(), 2))
+
+
 def test_what_is_no_video_is_one_error(tmp_path: Path) -> None:
     clip = write_video([grey(k) for k in range(10)], codec="libx264")
     still = io.BytesIO()
@@ -255,7 +276,7 @@ def test_a_video_is_a_regular_file(tmp_path: Path) -> None:
         with pytest.raises(FileError) as caught:
             list(video_frames(path, 4))
         assert "\n" not in str(caught.value)
-    for source in (None, 3, ["a.mp4"], np.zeros((4, 48, 64, 3), np.uint8)):
+    for source in (None, 3, ["a.mp4"]):
         with pytest.raises(InputError, match="a video cannot come from"):
             list(video_frames(source, 4))  # type: ignore[arg-type]
 
@@ -333,3 +354,19 @@ def test_ctrl_c_while_reading_is_not_lost(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(video_files, "open_regular", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(video_frames(path, 4))
+
+
+@pytest.mark.parametrize("n_frames, expected", [(1, [4]), (3, [1, 4, 6]), (8, list(range(8))), (20, list(range(8)))])
+def test_arrays_are_videos(n_frames: int, expected: list[int]) -> None:
+    array = np.stack([grey(k)[:20, :30] for k in range(8)])
+    found = list(video_frames(array, n_frames))
+    assert [level_of(frame.image) for frame in found] == expected
+    assert {(frame.image.size, frame.count) for frame in found} == {((30, 20), len(expected))}
+
+
+@pytest.mark.parametrize(
+    "shape, kind", [((20, 30, 3), "uint8"), ((0, 20, 30, 3), "uint8"), ((2, 20, 30, 3), "float32")]
+)
+def test_arrays_that_are_no_video_are_refused(shape: tuple[int, ...], kind: str) -> None:
+    with pytest.raises(InputError, match="expected uint8"):
+        list(video_frames(np.zeros(shape, kind), 2))

@@ -140,7 +140,7 @@ def test_a_video_that_cannot_be_used_is_named(model: phi4edge.Model, clip: bytes
     path = tmp_path / "a.mp4"
     path.write_bytes(b"text")
     for part, problem in (
-        ({"type": "video"}, r"messages\[0\].content\[0\].video: is missing; give a path or bytes"),
+        ({"type": "video"}, r"messages\[0\].content\[0\].video: is missing; give a path, bytes or an array"),
         (video(b"text"), r"^messages\[0\].content\[0\].video: starts with"),
         (video(5), r"^messages\[0\].content\[0\].video: a video cannot come from int"),
         (video(path), rf"^{path}: starts with b'text', which is no video of a kind"),

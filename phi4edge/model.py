@@ -361,8 +361,8 @@ class Model:
             (a path, the bytes of a file, an image of Pillow, or uint8 [height, width, 3]), ``{"type": "audio",
             "audio": ...}`` (a path, the bytes of a file, or samples with their rate in Hz) and ``{"type": "video",
             "video": ..., "frames": 8}`` (a path, the bytes of a file, or uint8 [n, height, width, 3]), of which so many
-            frames are taken as images, evenly over its duration; its sound is not heard.  A data URL stands for the bytes of a file; no other URL
-            is taken.
+            frames are taken as images, evenly over its duration; its sound is not heard.  A data URL stands for the
+            bytes of a file; no other URL is taken.
         progress: called with (tokens done, tokens to do) while the prompt is computed; those of an image or a sound
             that is encoded count twice.
         adapter: one of ``adapters``, for the prompt and the answer, or "none"; None is the one that the bundle has for

@@ -97,7 +97,9 @@ def test_chat_of_a_text_model_reads_paths_as_text(model: str, tmp_path: Path) ->
     done = run("chat", model, "-n", "2", text=f"See {tmp_path}/a.png\n{tmp_path}/a.png\n")
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     assert done.stderr == (
-        f"There is no command {tmp_path}/a.png; /help lists them, //... sends a message that starts with a slash.\n"
+        f"[{tmp_path}/a.png not attached: there is no such file, or this model cannot read it]\n"
+        f"There is no file {tmp_path}/a.png that this model can read; /help lists commands, //... sends a message that "
+        "starts with a slash.\n"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi4edge.cli import answers, output
 from phi4edge.cli.attachments import Attached, attached_file
-from phi4edge.cli.dropped import take_files
+from phi4edge.cli.dropped import missing_files, take_files
 from phi4edge.cli.options import named_as_option
 from phi4edge.errors import FileError, InputError, Phi4EdgeError, UnsupportedError, UsageError
 
@@ -92,10 +92,14 @@ class Conversation:
 
     def _send_with_files(self, text: str) -> None:
         files, rest = take_files(text, self._kinds())
+        missing = missing_files(rest)
         if rest.startswith("/"):
             name = rest.split()[0]
-            self._tell(f"There is no command {name}; /help lists them, //... sends a message that starts with a slash.")
+            what = f"file {name} that this model can read" if missing else f"command {name}"
+            self._tell(f"There is no {what}; /help lists commands, //... sends a message that starts with a slash.")
             return
+        for word in missing:
+            self._tell(f"[{word} not attached: there is no such file, or this model cannot read it]")
         self._attached += [attached_file(kind, file) for kind, file in files]
         for kind, file in files:
             self._tell(f"[{Path(file).name} attached: {kind}]")

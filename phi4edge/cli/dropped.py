@@ -46,6 +46,14 @@ def take_files(text: str, kinds: Collection[str]) -> tuple[list[tuple[str, str]]
     return found, rest.strip() if found else text
 
 
+def missing_files(text: str) -> list[str]:
+    """Words of what was left that read like paths of images, sounds or videos."""
+    ends = tuple(end for kind in SUFFIXES.values() for end in kind)
+    words = (match.group().rstrip(" \t") for match in _WORD.finditer(text))
+    paths = (word for word in words if "/" in word and "://" not in word)
+    return [word for word in paths if any(path.lower().endswith(ends) for path in _readings(word))]
+
+
 def _file(word: str, kinds: Collection[str]) -> tuple[str, str] | None:
     for path in _readings(word):
         kind = next((kind for kind, ends in SUFFIXES.items() if kind in kinds and path.lower().endswith(ends)), None)

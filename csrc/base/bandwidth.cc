@@ -33,7 +33,7 @@ double read_bandwidth(int n_threads, size_t n_bytes, double seconds) {
   }
   ThreadPool pool(n_threads);
   const size_t n_words = n_bytes / sizeof(uint64_t) / size_t(n_threads);  // per thread
-  const auto data = allocate_aligned<uint64_t>(n_words * size_t(n_threads), "the bandwidth measurement");
+  const auto data = allocate_in_large_pages<uint64_t>(n_words * size_t(n_threads), "the bandwidth measurement");
   pool.run([&](int thread) { std::fill_n(data.get() + n_words * size_t(thread), n_words, uint64_t(thread + 1)); });
   std::atomic<uint64_t> sink{0};
   double best = 0;

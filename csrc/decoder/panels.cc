@@ -184,7 +184,7 @@ void load_panels(const gguf::File& file, std::span<const PanelLoad> loads, Value
                  const LoadProgress& progress) {
   std::vector<Stretch> stretches;
   for (const PanelLoad& load : loads) {
-    load.matrix->data = allocate_aligned<uint8_t>(load.matrix->n_bytes(), "the weights");
+    load.matrix->data = allocate_in_large_pages<uint8_t>(load.matrix->n_bytes(), "the weights");
     add_stretches(stretches, *load.tensor, *load.matrix->format, load.matrix);
   }
   run_tasks<Scratch>(pool, stretches.size(), total_bytes(stretches), progress, [&](size_t task, Scratch& scratch) {

@@ -34,6 +34,19 @@ def openvino() -> Path:
     return directory
 
 
+def recorded_speech() -> Path:
+    """The directory of Debian's package pocketsphinx-testdata; else as :func:`require`."""
+    directory = Path("/usr/share/pocketsphinx/test/data")
+    if not directory.is_dir():
+        _missing("there are no recordings of speech", "install Debian's pocketsphinx-testdata")
+    return directory
+
+
+def missing_encoder(name: str) -> NoReturn:
+    """For a build of av that cannot write what a test wants to read."""
+    _missing(f"this build of av has no encoder '{name}'", "install the usual one")
+
+
 def _missing(reason: str, hint: str) -> NoReturn:
     if os.environ.get(REQUIRED, "") not in ("", "0"):
         pytest.fail(f"{reason}, and {REQUIRED} is set", pytrace=False)

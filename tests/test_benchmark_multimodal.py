@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from peers import require
 from phi4edge.converters.convert import convert
 
-checkpoints: Any = pytest.importorskip("benchmarks.random_checkpoint", reason="only in the source tree")
-sides: Any = pytest.importorskip("benchmarks.multimodal_sides", reason="only in the source tree")
+checkpoints: Any = importlib.import_module("benchmarks.random_checkpoint")
+sides: Any = importlib.import_module("benchmarks.multimodal_sides")
 
 
 def test_both_sides_compute_the_same(tmp_path: Path) -> None:

@@ -26,16 +26,8 @@ def of_family(family: str) -> list[Item]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything in float32."""
-    path = tmp_path_factory.mktemp("nano") / "bundle"
-    convert(CHECKPOINT, path, "F32", encoders="fp32", adapter_quant="F32")
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> Iterator[phi4edge.Model]:
-    with phi4edge.load(bundle, context=1024, kv_type="f32", threads=1) as loaded:
+def model(nano_bundle: Path) -> Iterator[phi4edge.Model]:
+    with phi4edge.load(nano_bundle, context=1024, kv_type="f32", threads=1) as loaded:
         yield loaded
 
 
@@ -71,13 +63,13 @@ def test_answers_are_those_of_transformers(model: phi4edge.Model, item: Item) ->
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_and_embeddings_are_those_of_transformers(
-    bundle: Path, model: phi4edge.Model, oracle: MediaOracle, mode: str
+    nano_bundle: Path, model: phi4edge.Model, oracle: MediaOracle, mode: str
 ) -> None:
     messages, adapter = MODES[mode]
     tokens = model.encode(messages)
     assert relative_difference(model.next_logits(messages), oracle.logits(tokens, messages, adapter)) <= 1e-3
     theirs = oracle.embeddings(tokens, messages)
-    ours = our_embeddings(bundle, model, messages, Reference(bundle / "backbone.gguf").embedding, adapter)
+    ours = our_embeddings(nano_bundle, model, messages, Reference(nano_bundle / "backbone.gguf").embedding, adapter)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 

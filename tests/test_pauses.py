@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,12 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers import require
+from peers import recorded_speech, require
 from phi4edge.errors import UnsupportedError, UsageError
 from phi4edge.pauses import FRAME, LONGEST, SPLITTERS, Span, cut, frame_levels, split
 
 RATE = 16000
 LONGEST_PIECE = 30 * RATE
-SPEECH = Path("/usr/share/pocketsphinx/test/data/librivox")  # of Debian's pocketsphinx-testdata
 
 
 def noise(seconds: float, decibels: float, seed: int = 0) -> Any:
@@ -205,9 +203,7 @@ def test_levels_are_those_of_frames() -> None:
 
 def real_speech() -> tuple[Any, list[tuple[int, int]]]:
     """Five sentences of a book, read aloud, three times over with 0.7 s between them."""
-    files = sorted(SPEECH.glob("*.wav"))
-    if not files:
-        pytest.skip("there are no recordings; install Debian's pocketsphinx-testdata")
+    files = sorted((recorded_speech() / "librivox").glob("*.wav"))
     parts: list[Any] = []
     for path in files * 3:
         samples, rate = soundfile.read(path, dtype="float32")

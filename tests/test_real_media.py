@@ -17,8 +17,7 @@ import processes
 from conversations import ask
 from media_oracle import MediaOracle
 from nano import CHECKPOINT
-from peers import require
-from phi4edge.converters.convert import convert
+from peers import recorded_speech, require
 from phi4edge.image_processor import ImageNumbers, load_image, process_image
 from reference import relative_difference
 
@@ -34,7 +33,6 @@ PHOTOGRAPHS = {
     "retina.jpg": (621, 4433),
     "rocket.jpg": (421, 673),
 }
-SPEECH = Path("/usr/share/pocketsphinx/test/data")
 RECORDINGS = ("cards/001.wav", "cards/005.wav", "librivox/sense_and_sensibility_01_austen_64kb-0870.wav")
 
 
@@ -43,21 +41,12 @@ def photograph(name: str) -> Path:
 
 
 def recording(name: str) -> Path:
-    if not SPEECH.is_dir():
-        pytest.skip("Debian's package pocketsphinx-testdata, recorded speech, is not installed")
-    return SPEECH / name
+    return recorded_speech() / name
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("real") / "bundle"
-    convert(CHECKPOINT, path, "F32", encoders="fp32", adapter_quant="F32")
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> Iterator[phi4edge.Model]:
-    with phi4edge.load(bundle, context=2048, kv_type="f32", threads=1) as loaded:
+def model(nano_bundle: Path) -> Iterator[phi4edge.Model]:
+    with phi4edge.load(nano_bundle, context=2048, kv_type="f32", threads=1) as loaded:
         yield loaded
 
 
@@ -103,9 +92,9 @@ def test_logits_of_speech_are_those_of_transformers(model: phi4edge.Model, oracl
         assert relative_difference(model.next_logits(messages), expected) <= 1e-3
 
 
-def test_the_command_line_takes_both(bundle: Path) -> None:
+def test_the_command_line_takes_both(nano_bundle: Path) -> None:
     image, audio = str(photograph("rocket.jpg")), str(recording(RECORDINGS[0]))
-    done = processes.run("run", str(bundle), "--image", image, "--audio", audio, "--json", "--max-tokens", "8")
+    done = processes.run("run", str(nano_bundle), "--image", image, "--audio", audio, "--json", "--max-tokens", "8")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["usage"]["image_tokens"] == PHOTOGRAPHS["rocket.jpg"][0]

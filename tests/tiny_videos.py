@@ -8,10 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from peers import require
+from peers import missing_encoder, require
 
 SIZE = (64, 48)
 
@@ -47,7 +46,7 @@ def write_video(
         try:
             stream = output.add_stream(codec, rate=rate, options={key: str(value) for key, value in options.items()})
         except av.codec.codec.UnknownCodecError:
-            pytest.skip(f"this build of av has no encoder '{codec}'")
+            missing_encoder(codec)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixels
         stream.bit_rate = 4_000_000  # enough to tell the levels apart

@@ -93,6 +93,18 @@ class MediaOracle:
             logits = self._adapted(input_ids=ids, logits_to_keep=1, **inputs).logits
         return np.asarray(logits[0, -1].numpy(), np.float32)
 
+    def answer(
+        self, tokens: Sequence[int], messages: list[Message], adapter: str | None, n_most: int
+    ) -> tuple[list[int], int]:
+        """The tokens of the greedy answer, its end included, and the number of tokens of the prompt."""
+        torch = require("torch")
+        ids, inputs = self._inputs(tokens, messages)
+        if adapter is not None:
+            self._adapted.set_adapter(adapter)
+        with torch.no_grad(), self._adapted.disable_adapter() if adapter is None else nullcontext():
+            written = self._adapted.generate(input_ids=ids, max_new_tokens=n_most, do_sample=False, **inputs)
+        return written[0, ids.shape[1] :].tolist(), ids.shape[1]
+
     def embeddings(self, tokens: Sequence[int], messages: list[Message]) -> Array:
         """Float32 [n, hidden]: what the decoder gets, of text, images and sounds."""
         torch = require("torch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,12 @@ def openvino() -> Path:
     return directory
 
 
+def with_program(name: str) -> None:
+    """Asks for a program; else as :func:`require`."""
+    if shutil.which(name) is None:
+        _missing(f"there is no {name}", f"Debian's package {name} has it")
+
+
 def recorded_speech() -> Path:
     """The directory of Debian's package pocketsphinx-testdata; else as :func:`require`."""
     directory = Path("/usr/share/pocketsphinx/test/data")
@@ -50,7 +57,7 @@ def missing_encoder(name: str) -> NoReturn:
 def _missing(reason: str, hint: str) -> NoReturn:
     if os.environ.get(REQUIRED, "") not in ("", "0"):
         pytest.fail(f"{reason}, and {REQUIRED} is set", pytrace=False)
-    pytest.skip(f"{reason}; {hint}")
+    pytest.skip(f"{reason}; {hint}", allow_module_level=True)  # or of all tests of a file
 
 
 _log_callback: Any = None  # llama.cpp keeps the pointer: it must outlive every call

@@ -1,4 +1,4 @@
-"""What the image processor of transformers makes of pictures of odd sizes, as it is stored in data/nano/pixels.npz.
+"""What the image processor of transformers makes of pictures of odd sizes, as it is stored in data/pixels/pixels.npz.
 
 Phi4MultimodalImageProcessor needs torchvision, whose usual builds want a torch for GPUs, so the tests compare with what
 is stored.  ``python tests/reference_pixels.py`` makes it again: torch 2.13.0, torchvision 0.28.0, transformers 5.23.0.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-NANO = Path(__file__).parent / "data" / "nano"
-STORED = NANO / "pixels.npz"
+FOLDER = Path(__file__).parent / "data" / "pixels"
+STORED = FOLDER / "pixels.npz"
 CROP_SIZE = 112
 EVERY = 3  # rows and columns of the overview that are stored
 DRAWN = ((113, 112), (60, 200), (300, 120), (37, 411), (97, 45), (223, 226), (1000, 30))
@@ -25,14 +25,14 @@ LARGE = ((1000, 999), (420, 1680))
 
 
 def pictures() -> Iterator[tuple[str, Image.Image]]:
-    """Waves of three colours, sharp and soft, and pictures of the test set."""
+    """Waves of three colours, sharp and soft, and drawn pictures."""
     for width, height in DRAWN + LARGE:
         x, y = np.arange(width)[np.newaxis], np.arange(height)[:, np.newaxis]
         waves = np.sin(x / 3 + y / 40), np.sin(y / 5) * np.cos(x / 9), np.sign(np.sin((x + y) / 7))
         planes = np.broadcast_arrays(*waves)
         yield f"{width}x{height}", Image.fromarray(np.uint8(127.5 + 127.5 * np.stack(planes, axis=-1)))
     for name in FILES:
-        with Image.open(NANO / "testset" / name) as image:
+        with Image.open(FOLDER / name) as image:
             yield name, image.convert("RGB")
 
 

@@ -31,7 +31,7 @@ from processes import COMMAND, DEADLINE, ROOT, is_one_error_line
 from reference import log_probabilities, mean_divergence
 from tiny_models import Array
 
-QUESTION = {
+QUESTION: dict[str, Any] = {
     "id": "one",
     "family": "text",
     "task": "sum",
@@ -42,7 +42,7 @@ QUESTION = {
     "expected": "16",
 }
 # Three turns: a picture, then a sound and another picture, then text.
-TURNS = {
+TURNS: dict[str, Any] = {
     "id": "turns",
     "family": "turns",
     "task": "mixed",
@@ -214,7 +214,7 @@ def test_a_file_that_holds_no_items_is_named(tmp_path: Path, text: str, says: st
 def test_a_damaged_picture_and_an_unknown_adapter_name_their_item(model: phi4edge.Model, tmp_path: Path) -> None:
     questions = write_source(tmp_path / "source", [QUESTION, TURNS])
     (questions.parent / "b.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"mine\.json: items\[1\]: .*b\.png.*image 2"):
+    with pytest.raises(InputError, match=r"mine\.json: items\[1\]: .*b\.png: is not a PNG"):
         measure(model, read_items(questions), {})
     questions.write_text(json.dumps([QUESTION, QUESTION | {"adapter": "law"}]))
     with pytest.raises(InputError, match=r"mine\.json: items\[1\]\.adapter: .*'law'.*vision, speech"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ class Variant:
     encoders: str
     compares: str = "parts"  # "bits": in how many the backbone is; "parts": how the other parts are stored
 
-    def bundles(self, items: Sequence[Item]) -> Iterator[tuple[dict[str, str], list[Item]]]:
+    def bundles(self, items: Sequence[Item]) -> Iterator[tuple[dict[str, Any], list[Item]]]:
         """Options of the converter for each bundle, and what it is asked."""
         from phi4edge.quality_items import adapters
 
@@ -209,6 +209,8 @@ class _Bench:
                 if variant in ROUTED:
                     self._wrong_adapters(variant, model, measured)
                 manifests.append(bundle.manifest)
+        place = {item: index for index, item in enumerate(self.items)}
+        measured.sort(key=lambda each: place[each.item])  # not bundle by bundle
         parts = [part for manifest in manifests for part in manifest.parts]
         bits = next(part.details["bits_per_weight"] for part in parts if part.role == BACKBONE)
         return {
@@ -239,7 +241,7 @@ class _Bench:
             self.routing.append(row)
 
     @contextmanager
-    def _bundle(self, variant: Variant, options: Mapping[str, str]) -> Iterator[tuple[Bundle, Model]]:
+    def _bundle(self, variant: Variant, options: dict[str, Any]) -> Iterator[tuple[Bundle, Model]]:
         """One bundle, as long as it is needed."""
         from phi4edge.converters.convert import convert
         from phi4edge.model import load

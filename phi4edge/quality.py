@@ -63,7 +63,7 @@ def measure(
 
     Raises InputError, FileError and UnsupportedError, which name the item; those of a model that cannot be used.
     """
-    if model.adapters:
+    if model.adapters:  # else one may be merged
         require_adapters(items, model.adapters)
     measured = []
     for family in families(items):

@@ -197,6 +197,7 @@ class _Bench:
 
     def _variant(self, variant: Variant) -> dict[str, Any]:
         from phi4edge.quality import measure
+        from phi4edge.quality_items import require_adapters
 
         self.bar.title = f"{variant.backbone}, adapters {variant.adapters}, encoders {variant.encoders}"
         started = time.perf_counter()
@@ -205,6 +206,8 @@ class _Bench:
         for options, asked in variant.bundles(self.items):
             with self._bundle(variant, options) as (bundle, model):
                 self._require_memory(model)
+                if variant.adapters != _MERGED:
+                    require_adapters(asked, model.adapters)
                 measured += measure(model, asked, self.exact, progress=self._tell)
                 if variant in ROUTED:
                     self._wrong_adapters(variant, model, measured)

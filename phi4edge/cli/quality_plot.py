@@ -18,7 +18,7 @@ _INCHES = (8.0, 6.4)  # at 100 pixels each
 # Of Okabe and Ito, for all kinds of eyes; a yellow that is too light on white is left out.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_STYLE = {
+_STYLE: Any = {  # Any: whether matplotlib and its types are there or not
     "svg.fonttype": "none",  # text as text, in the reader's font
     "svg.hashsalt": "phi4edge",  # the same file for the same results
     "font.family": "sans-serif",

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded, UTF-8, no key twice, one object."""
+"""JSON from files that nobody vouches for: bounded, UTF-8, no key twice, one object or one list."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from phi4edge.errors import BundleError, FileError
 def read_object(path: Path, *, at_most: int) -> dict[str, Any]:
     """The JSON object in a file of at most so many bytes.  Raises FileError, BundleError."""
     return parse_object(read_bytes(path, at_most=at_most), str(path))
+
+
+def read_list(path: Path, *, at_most: int) -> list[Any]:
+    """The JSON list in a file of at most so many bytes.  Raises FileError, BundleError."""
+    value = _parsed(read_bytes(path, at_most=at_most), str(path), "")
+    if not isinstance(value, list):
+        raise BundleError("is not a JSON list", path=str(path))
+    return value
 
 
 def read_bytes(path: Path, *, at_most: int) -> bytes:
@@ -37,7 +45,13 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
 
 def parse_object(data: bytes, path: str, field: str = "") -> dict[str, Any]:
     """The JSON object in ``data``; BundleError for anything else, with the place in ``path`` and ``field``."""
+    value = _parsed(data, path, field)
+    if not isinstance(value, dict):
+        raise BundleError("is not a JSON object", path=path, field=field)
+    return value
 
+
+def _parsed(data: bytes, path: str, field: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
@@ -50,11 +64,8 @@ def parse_object(data: bytes, path: str, field: str = "") -> dict[str, Any]:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise BundleError(f"is not UTF-8 at byte {error.start}", path=path, field=field) from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"is not the JSON we expect: {error}", path=path, field=field) from error
-    if not isinstance(value, dict):
-        raise BundleError("is not a JSON object", path=path, field=field)
-    return value

@@ -33,6 +33,7 @@ HEIGHT = {
     "strict_json": 0,
     "bundle": 1,
     "model": 3,
+    "quality": 3,
     "transcription": 3,
     "cli": 4,
     "server": 4,
@@ -126,6 +127,10 @@ def test_3_onnxruntime_only_in_encoders() -> None:
 
 def test_3_the_network_only_in_pull() -> None:
     assert importers_of("huggingface_hub") <= {"converters/pull.py", "converters/download.py"}
+
+
+def test_3_matplotlib_only_where_plots_are_drawn() -> None:
+    assert importers_of("matplotlib") <= {"phi4edge/cli/quality_plot.py"}
 
 
 @pytest.mark.parametrize("peer", ["torch", "transformers", "peft", "llama_cpp", "tokenizers"])

@@ -16,7 +16,7 @@ import phi4edge
 import processes
 from conversations import ask
 from media_oracle import MediaOracle
-from nano import CHECKPOINT
+from nano_items import CHECKPOINT
 from peers import recorded_speech, require
 from phi4edge.image_processor import ImageNumbers, load_image, process_image
 from reference import relative_difference

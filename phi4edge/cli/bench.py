@@ -2,6 +2,8 @@
 
 Writing a token reads every weight once, so its speed is bounded by the memory's.  Both are measured in the same run,
 because the speed of a memory changes with the machine's neighbours and temperature.  Loading is not in the times.
+
+With ``--quality``: how much a model still knows in fewer bits, see :mod:`phi4edge.cli.quality`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import phi4edge
 from phi4edge import machine
 from phi4edge.cli import output
 from phi4edge.cli.loading import load_model
-from phi4edge.cli.options import Json, ModelPath, Runtime
+from phi4edge.cli.options import Json, Runtime
+from phi4edge.cli.quality import Quality, bench_quality
+from phi4edge.errors import UsageError
 
 if TYPE_CHECKING:
     from phi4edge.model import Model
@@ -29,7 +33,11 @@ EXAMPLES = """
     phi4edge bench model.gguf
     phi4edge bench model.gguf -p 512 -n 64 -t 2
     phi4edge bench model.gguf -r 9 --json >> records.json
+    phi4edge bench --quality nano --plot quality.svg
+    phi4edge bench --quality nano --bits 4 --items 50 --json >> records.json
 """
+
+_PROMPT_TOKENS, _DECODE_TOKENS, _REPETITIONS = 512, 64, 3
 
 _BANDWIDTH_BYTES = 512 << 20  # well beyond any last-level cache
 _BANDWIDTH_SECONDS = 1.0
@@ -45,18 +53,33 @@ class Measured:
 
 
 def bench(
-    model: ModelPath,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")
+    ] = None,
+    *,
     runtime: Runtime,
+    quality: Quality,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", metavar="N", min=1, help="Length of the prompt.")
-    ] = 512,
+    ] = _PROMPT_TOKENS,
     decode_tokens: Annotated[
         int, typer.Option("--decode-tokens", "-n", metavar="N", min=1, help="Tokens to write after it.")
-    ] = 64,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", metavar="N", min=1, help="Times to do both.")] = 3,
+    ] = _DECODE_TOKENS,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", metavar="N", min=1, help="Times to do both.")
+    ] = _REPETITIONS,
     as_json: Json = False,
 ) -> None:
-    """Measure the speed of a model."""
+    """Measure the speed of a model, or with --quality what it still knows in fewer bits."""
+    if quality.quality is not None:
+        if model is not None:
+            raise UsageError("asks the checkpoint of its source", field="--quality", hint=f"leave '{model:.80}' out")
+        if (prompt_tokens, decode_tokens, repetitions) != (_PROMPT_TOKENS, _DECODE_TOKENS, _REPETITIONS):
+            raise UsageError("measures no speed", field="--quality", hint="leave -p, -n and -r out")
+        bench_quality(quality, runtime, as_json=as_json)
+        return
+    if model is None:
+        raise UsageError("Missing argument 'MODEL'", hint="try 'phi4edge bench --help'")
     from phi4edge.model import read_bandwidth
 
     with load_model(model, runtime, context=prompt_tokens + decode_tokens) as loaded:

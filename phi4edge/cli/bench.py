@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phi4edge.session import Session
 
 EXAMPLES = """
+    phi4edge bench
     phi4edge bench model.gguf
     phi4edge bench model.gguf -p 512 -n 64 -t 2
     phi4edge bench model.gguf -r 9 --json >> records.json
@@ -45,8 +46,8 @@ class Measured:
 
 
 def bench(
-    model: ModelPath,
     runtime: Runtime,
+    model: ModelPath = None,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", metavar="N", min=1, help="Length of the prompt.")
     ] = 512,

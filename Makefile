@@ -20,15 +20,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 
-dist/.built: $(sources) | $(VENV)/bin/python
+$(VENV)/.wheel: $(sources) | $(VENV)/bin/python
 	@echo "Building phi4edge; this takes a minute or two ..."
 	rm -rf dist
 	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@touch $@
 
 # Uninstalled first: pip keeps a package that has the version of the wheel.
-$(VENV)/.installed: dist/.built
-	$(VENV)/bin/python -m pip uninstall --quiet --yes phi4edge
+$(VENV)/.installed: $(VENV)/.wheel
+	$(VENV)/bin/python -m pip uninstall -qq --yes phi4edge
 	$(PIP) dist/phi4edge-*.whl
 	@touch $@
 
@@ -40,10 +40,10 @@ $(VENV)/.model: | $(VENV)/bin/python
 demo: $(VENV)/.installed
 	@$(VENV)/bin/phi4edge demo
 
-wheel: dist/.built
+wheel: $(VENV)/.wheel
 
-check-wheel: dist/.built
-	$(PYTHON) tests/check_wheel.py dist/phi4edge-*.whl
+check-wheel: $(VENV)/.wheel
+	$(VENV)/bin/python tests/check_wheel.py dist/phi4edge-*.whl
 
 nano: $(VENV)/.installed
 	$(VENV)/bin/python tests/embed_nano.py

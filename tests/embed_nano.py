@@ -1,4 +1,4 @@
-"""Makes what the package embeds of the trained tiny checkpoint: its bundle in 4 bits, and samples for ``phi4edge demo``.
+"""Makes what the package embeds of the trained tiny checkpoint: its bundle in 4 bits, samples for ``phi4edge demo``.
 
 ``make nano`` runs this, after the checkpoint or its test set changed.
 """
@@ -35,8 +35,9 @@ SAMPLES = (
 )
 
 
-def main() -> None:
-    bundle, folder = PACKAGE / "nano", PACKAGE / "samples"
+def embed(package: Path) -> None:
+    """Replaces ``nano`` and ``samples`` in the directory of a package."""
+    bundle, folder = package / "nano", package / "samples"
     for old in (bundle, folder):  # replacing a bundle would give its files their second names
         shutil.rmtree(old, ignore_errors=True)
     convert(CHECKPOINT, bundle)
@@ -61,4 +62,4 @@ def _embed(sample: Sample, item: Item, folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    embed(PACKAGE)

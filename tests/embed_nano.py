@@ -51,7 +51,8 @@ def embed(package: Path) -> None:
 def _embed(sample: Sample, item: Item, folder: Path) -> dict[str, str]:
     """Copies the files of an item; what ``samples.json`` says about it."""
     described = {"name": sample.name, "command": sample.command}
-    for part in item.messages[-1]["content"]:
+    (message,) = item.messages  # one question, which a command can ask
+    for part in message["content"]:
         kind = part["type"]
         if kind in sample.files:
             described[kind] = sample.files[kind]

@@ -215,9 +215,9 @@ def test_a_question_of_one_word_is_answered_with_the_name_of_the_model() -> None
 def test_one_word_after_transcribe_is_the_recording(folder: Path) -> None:
     for word in ("talk.wav", "Hello", "a file", "no such file.wav"):
         assert model_and_file(word, None) == (None, word)
-    for word in ("model.gguf", "modle.gguf", "a bundle", None):
+    for left_out in ("model.gguf", "modle.gguf", "a bundle", None):
         with pytest.raises(UsageError, match="Missing argument 'FILE'"):
-            model_and_file(word, None)
+            model_and_file(left_out, None)
 
 
 def test_M1_files_that_are_no_image_or_sound_are_the_errors_of_any_model() -> None:

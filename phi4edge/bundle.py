@@ -140,10 +140,10 @@ class Bundle:
             if part.role.startswith(ADAPTER_PREFIX)
         }
 
-    def verify(self, progress: Progress | None = None) -> None:
-        """Reads every part; BundleError lists each file that is damaged or does not belong here."""
+    def verify(self, progress: Progress | None = None, *, others_allowed: bool = False) -> None:
+        """Reads every part; BundleError lists each file that is damaged or, unless allowed, does not belong here."""
         known = {MANIFEST, *(part.file for part in self.manifest.parts)}
-        present = sorted(os.listdir(self.directory))  # noqa: PTH208 - names are all we want
+        present = [] if others_allowed else sorted(os.listdir(self.directory))  # noqa: PTH208 - names are all we want
         problems = [
             f"'{name}' is not in the manifest"
             for name in present

@@ -14,6 +14,7 @@ from typing import Any
 
 from phi4edge import _core, machine
 from phi4edge.bundle import AUDIO, BACKBONE, VISION, Manifest, backbone_of, bundle_at
+from phi4edge.embedded import model_path
 from phi4edge.errors import BundleError, UsageError
 from phi4edge.providers import CPU, memory_need
 
@@ -149,13 +150,15 @@ class ModelInfo:
         return 8 * sum(share.n_bytes for share in self.types) / max(1, self.n_parameters)
 
 
-def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: str = "f16") -> ModelInfo:
+def inspect(path: str | os.PathLike[str] | None = None, context: int | None = None, kv_type: str = "f16") -> ModelInfo:
     """Reads the header of a GGUF file (all headers, of a split one), or of the one in a bundle directory.
 
+    ``path`` is that of :func:`phi4edge.load`: ``None`` is the embedded model.
     ``context`` is the number of tokens to compute the memory for; the one that :func:`phi4edge.load` would choose if
     ``None``.  Raises FileError, BundleError, and UsageError for a context below 1.
     """
     check_options(context, kv_type)
+    path = model_path(path)
     bundle = bundle_at(path)
     file = _core.GgufFile(path if bundle is None else bundle.part(BACKBONE))
     config = _core.read_config(file)
@@ -164,7 +167,7 @@ def inspect(path: str | os.PathLike[str], context: int | None = None, kv_type: s
     template = metadata.get("tokenizer.chat_template")
     n_context = choose_context(config, context)
     return ModelInfo(
-        path=os.fspath(path),
+        path=path,
         paths=tuple(file.paths),
         size_on_disk=file.size_on_disk,
         gguf_version=file.version,

@@ -22,6 +22,7 @@ from phi4edge import _core, machine
 from phi4edge.adapters import NO_ADAPTER, AdapterSet, checked_scale
 from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
+from phi4edge.embedded import model_path
 from phi4edge.errors import InputError, UsageError
 from phi4edge.expanded import Steps, expand, length
 from phi4edge.generation import Generation, GenerationConfig, Piece
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], bool | None]  # (done, total); False cancels
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     context: int | None = None,
     threads: int | None = None,
@@ -53,6 +54,7 @@ def load(
 ) -> Model:
     """Loads a GGUF model, or the one in a bundle directory, whose adapters are there by name and read when first used.
 
+    path: None loads the small model that is embedded in the package, and so does "nano" where there is no such path.
     context: tokens that a conversation may have, for which there must be memory at once; None: as many as the model was
         trained on, as far as there is memory.
     threads: None takes the physical cores that this process may use.
@@ -67,17 +69,18 @@ def load(
     started = time.perf_counter()
     check_options(context, kv_type)
     n_threads, thread_warning = machine.clamp_threads(threads)
+    path = model_path(path)
     bundle = bundle_at(path)
     router = Router({}) if bundle is None else Router.of_bundle(bundle)
     file = _core.GgufFile(path if bundle is None else bundle.part(BACKBONE))
     config = _core.read_config(file)
     metadata = file.metadata
-    tokenizer = Tokenizer.from_metadata(metadata, os.fspath(path))
+    tokenizer = Tokenizer.from_metadata(metadata, path)
     free_memory = _core.available_memory if check_memory else None
     media = Media(
         bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
     )
-    template = _template(metadata, tokenizer, media.placeholders, os.fspath(path))
+    template = _template(metadata, tokenizer, media.placeholders, path)
     n_context = choose_context(config, context)  # to begin with
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
@@ -87,7 +90,7 @@ def load(
     if thread_warning:
         warnings.append(thread_warning)
     return Model(
-        os.fspath(path),
+        path,
         core,
         tokenizer,
         template,

@@ -26,7 +26,7 @@ from phi4edge.generation import GenerationConfig
 from processes import COMMAND, DEADLINE, ENDLESSLY, ROOT, Terminal, endless_gguf, is_one_error_line, run
 from tiny_models import tiny_gguf
 
-COMMANDS = ("run", "chat", "transcribe", "convert", "verify", "info", "bench", "version")
+COMMANDS = ("demo", "run", "chat", "transcribe", "convert", "verify", "info", "bench", "version")
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +191,9 @@ def test_bytes_that_are_not_text_do_not_end_the_program(model: str) -> None:
         (["run", "MODEL", "hi", "--context", "0"], 2, "context"),
         (["run", "MODEL", "hi", "--nonsense"], 2, "--nonsense"),
         (["run", "MODEL", "hi", "--raw", "--system", "x"], 2, "--system"),
-        (["run"], 2, "MODEL"),
+        (["run"], 4, "empty"),  # standard input is empty
+        (["run", "modle.gguf"], 3, "modle.gguf"),
+        (["transcribe"], 2, "FILE"),
         (["frobnicate"], 2, "frobnicate"),
         (["info", "MODEL", "--context", "-5"], 2, "context"),
         (["bench", "MODEL", "-p", "0"], 2, "--prompt-tokens"),

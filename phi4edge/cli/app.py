@@ -13,6 +13,7 @@ from phi4edge.cli import (
     bench,
     chat,
     convert,
+    demo,
     errors,
     imatrix,
     info,
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-for module in (run, chat, transcribe, pull, convert, quantize, imatrix, verify, info, bench, version):
+for module in (demo, run, chat, transcribe, pull, convert, quantize, imatrix, verify, info, bench, version):
     name = module.__name__.rpartition(".")[2]
     app.command(name, cls=HelpfulCommand, epilog=module.EXAMPLES)(expand(getattr(module, name)))
 
@@ -45,7 +46,7 @@ def phi4edge(
 ) -> None:
     """Run Phi-4 and related models from GGUF files, on this computer's processor.
 
-    Start with: phi4edge run MODEL.gguf "Why is the sky blue?"
+    Start with: phi4edge demo
     """
     if show_version:
         version.version(as_json=False, short=True)

@@ -21,7 +21,7 @@ import phi4edge
 from phi4edge import machine
 from phi4edge.cli import output
 from phi4edge.cli.loading import load_model
-from phi4edge.cli.options import Json, Runtime
+from phi4edge.cli.options import Json, ModelPath, Runtime
 from phi4edge.cli.quality import Quality, bench_quality
 from phi4edge.errors import UsageError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from phi4edge.session import Session
 
 EXAMPLES = """
+    phi4edge bench
     phi4edge bench model.gguf
     phi4edge bench model.gguf -p 512 -n 64 -t 2
     phi4edge bench model.gguf -r 9 --json >> records.json
@@ -53,12 +54,9 @@ class Measured:
 
 
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")
-    ] = None,
-    *,
     runtime: Runtime,
     quality: Quality,
+    model: ModelPath = None,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", metavar="N", min=1, help="Length of the prompt.")
     ] = _PROMPT_TOKENS,
@@ -78,8 +76,6 @@ def bench(
             raise UsageError("measures no speed", field="--quality", hint="leave -p, -n and -r out")
         bench_quality(quality, runtime, as_json=as_json)
         return
-    if model is None:
-        raise UsageError("Missing argument 'MODEL'", hint="try 'phi4edge bench --help'")
     from phi4edge.model import read_bandwidth
 
     with load_model(model, runtime, context=prompt_tokens + decode_tokens) as loaded:

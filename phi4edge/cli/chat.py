@@ -10,6 +10,7 @@ from phi4edge.cli.terminal import Reader, keys_unseen, open_reader
 from phi4edge.errors import UsageError
 
 EXAMPLES = """
+    phi4edge chat
     phi4edge chat model.gguf
     phi4edge chat BUNDLE --max-crops 4
     phi4edge chat model.gguf --system "You are a patient teacher." --temperature 0.7
@@ -18,10 +19,10 @@ EXAMPLES = """
 
 
 def chat(
-    model: ModelPath,
     sampling: Sampling,
     adaptation: Adaptation,
     runtime: Runtime,
+    model: ModelPath = None,
     system: System = None,
     max_crops: MaxCrops = None,
     context: Context = None,
@@ -35,7 +36,7 @@ def chat(
             raise UsageError("this model takes no images", field="--max-crops", hint="leave it out")
         reader = open_reader()
         if reader.interactive:
-            output.hint(f"{loaded.config.name or model}; /help lists the commands, Ctrl-D leaves")
+            output.hint(f"{loaded.config.name or loaded.path}; /help lists the commands, Ctrl-D leaves")
         options = {"adapter": adapter, "adapter_scale": adaptation.adapter_scale, "max_crops": max_crops}
         converse(reader, Conversation(loaded, config, system=system, stats=stats, options=options))
 

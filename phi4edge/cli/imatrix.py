@@ -11,7 +11,7 @@ import typer
 
 from phi4edge import machine
 from phi4edge.cli import output
-from phi4edge.cli.options import Json, ModelPath, named_as_option
+from phi4edge.cli.options import Json, RequiredModelPath, named_as_option
 from phi4edge.cli.progress import ProgressBar
 from phi4edge.errors import InputError, UsageError
 
@@ -26,7 +26,7 @@ _SHORTEST_CHUNK = 16  # tokens
 
 
 def imatrix(
-    model: ModelPath,
+    model: RequiredModelPath,
     text: Annotated[
         str, typer.Option(metavar="FILE", help="A text of the kind that the model will read and write; 100 kB or more.")
     ],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phi4edge.cli import output
+from phi4edge.cli.loading import tell_if_embedded
 from phi4edge.cli.options import Context, Json, KvType, ModelPath, named_as_option
 from phi4edge.cli.parts import part_lines
 from phi4edge.cli.progress import ProgressBar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from phi4edge.info import ModelInfo
 
 EXAMPLES = """
+    phi4edge info
     phi4edge info model.gguf
     phi4edge info model.gguf --context 32768
     phi4edge info model.gguf --tensors
@@ -30,7 +32,7 @@ _LIST_SHOWN = 4  # entries of a long list, such as the RoPE factors
 
 
 def info(
-    model: ModelPath,
+    model: ModelPath = None,
     context: Context = None,
     kv_type: Annotated[
         KvType, typer.Option(help="How past keys and values are stored.", rich_help_panel="The machine")
@@ -43,23 +45,26 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show what a model is, without loading it."""
+    from phi4edge.embedded import model_path
     from phi4edge.info import check as check_weights
     from phi4edge.info import inspect, require_no_warnings
 
+    path = model_path(model)
     try:
-        found = inspect(model, context, kv_type.value)
+        found = inspect(path, context, kv_type.value)
     except UsageError as error:
         raise named_as_option(error, ("context", "kv_type")) from None
     if strict:
-        require_no_warnings(model, found.warnings)
+        require_no_warnings(path, found.warnings)
     if check:
         with closing(ProgressBar("Checking", in_bytes=True)) as bar:
-            check_weights(model, progress=bar)
+            check_weights(path, progress=bar)
+    tell_if_embedded(model)
     if as_json:
         output.write_json(info_as_json(found, with_tensors=tensors))
         return
     for warning in found.warnings:
-        output.warn(f"{model}: {warning}")
+        output.warn(f"{path}: {warning}")
     output.write_text("\n".join(info_lines(found, with_tensors=tensors)) + "\n")
 
 

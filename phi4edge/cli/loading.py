@@ -17,8 +17,20 @@ if TYPE_CHECKING:
     from phi4edge.model import Model
 
 
-def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
-    """The model at ``path``, ready to answer."""
+_EMBEDDED = (
+    "phi4edge: no model named: this is nano, the small embedded one; for the real one: "
+    "phi4edge pull microsoft/Phi-4-multimodal-instruct phi4-mm-q4"
+)
+
+
+def tell_if_embedded(model: str | None) -> None:
+    """A line on standard error when no model was named."""
+    if model is None:
+        output.note(_EMBEDDED)
+
+
+def load_model(path: str | None, runtime: Runtime, *, context: int | None) -> Model:
+    """The model at ``path``, ready to answer; None is the embedded one, and a line says so."""
     threads, warning = machine.clamp_threads(runtime.threads)
     if warning:
         output.warn(f"--threads: {warning}")
@@ -37,8 +49,9 @@ def load_model(path: str, runtime: Runtime, *, context: int | None) -> Model:
             )
         except (UsageError, UnsupportedError) as error:
             raise named_as_option(error, ("context", "kv_type", "provider", "threads")) from None
+    tell_if_embedded(path)
     for text in model.warnings:
-        output.warn(f"{path}: {text}")
+        output.warn(f"{model.path}: {text}")
     return model
 
 

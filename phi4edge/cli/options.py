@@ -3,7 +3,7 @@
 A group is a dataclass with one field per option.  A command that went through :func:`expand` and has a parameter of
 such a type gets all of its options::
 
-    def run(model: ModelPath, sampling: Sampling, runtime: Runtime) -> None: ...
+    def chat(sampling: Sampling, runtime: Runtime, model: ModelPath = None) -> None: ...
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ _Error = TypeVar("_Error", bound=Phi4EdgeError)
 
 _MEDIA, _ANSWER, _CHOICE, _MACHINE = "Images, sounds and videos", "The answer", "How tokens are chosen", "The machine"
 
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, the first of its shards, or a bundle.")]
+_MODEL_HELP = "A GGUF file, the first of its shards, or a bundle."
+ModelPath = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP} [default: nano, the small one embedded in phi4edge]"),
+]
+RequiredModelPath = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 Context = Annotated[
     int | None,
     typer.Option(

@@ -21,12 +21,15 @@ from phi4edge.cli.options import (
     System,
     named_as_option,
 )
+from phi4edge.cli.words import model_and_prompt
+from phi4edge.embedded import model_path
 from phi4edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.model import Message
 
 EXAMPLES = """
+    phi4edge run "What does the image say?" --image sign.png
     phi4edge run model.gguf "Why is the sky blue?"
     phi4edge run model.gguf "Write a haiku" --temperature 0.8 --seed 7
     git diff | phi4edge run model.gguf --system "Summarize this change in one line."
@@ -42,11 +45,11 @@ _LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and an end to `yes 
 
 
 def run(
-    model: ModelPath,
     attachments: Attachments,
     sampling: Sampling,
     adaptation: Adaptation,
     runtime: Runtime,
+    model: ModelPath = None,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -67,14 +70,19 @@ def run(
     stats: Stats = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt."""
+    """Answer one prompt.
+
+    With one argument alone, that is the PROMPT, unless it exists, ends in .gguf, begins with a directory or is a single
+    word as files are named: then it is the MODEL.  To ask the embedded model one word, name it: run nano Hello.
+    """
+    model, prompt = model_and_prompt(model, prompt)
     if raw and system is not None:
         raise UsageError("a raw prompt has no place for a system message", field="--system", hint="leave it out")
     if raw and (attachments.image or attachments.audio or attachments.video):
         raise UsageError("a raw prompt has no place for images, sounds and videos", field="--raw", hint="leave it out")
     config = sampling.config()
     text = "" if prompt is None and attachments.audio else read_prompt(prompt)
-    attachments.require(model)
+    attachments.require(model_path(model))
     with load_model(model, runtime, context=context) as loaded:
         ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(attachments.content(text), system)
         adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
@@ -93,7 +101,7 @@ def run(
         for warning in answer.warnings:
             output.warn(warning)
         if as_json:
-            output.write_json({"model": model, **answers.answer_as_json(answer, loaded.tokenizer)})
+            output.write_json({"model": loaded.path, **answers.answer_as_json(answer, loaded.tokenizer)})
         else:
             for line in answers.logprob_lines(answer.logprobs, loaded.tokenizer):
                 output.note(line)

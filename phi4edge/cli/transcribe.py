@@ -26,6 +26,8 @@ from phi4edge.cli.options import (
 )
 from phi4edge.cli.progress import ProgressBar
 from phi4edge.cli.run import clean
+from phi4edge.cli.words import model_and_file
+from phi4edge.embedded import model_path
 from phi4edge.errors import Cancelled, Phi4EdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from phi4edge.transcription import Recording, Segment
 
 EXAMPLES = """
+    phi4edge transcribe talk.wav
     phi4edge transcribe BUNDLE talk.wav
     phi4edge transcribe BUNDLE talk.mp3 --translate-to fr
     phi4edge transcribe BUNDLE talk.wav --srt > talk.srt
@@ -75,12 +78,14 @@ class Hearing:
 
 
 def transcribe(
-    model: ModelPath,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A recording of up to two hours.")],
     hearing: Hearing,
     sampling: Sampling,
     adaptation: Adaptation,
     runtime: Runtime,
+    model: ModelPath = None,
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A recording of up to two hours.", show_default=False)
+    ] = None,
     srt: Annotated[bool, typer.Option("--srt", help="Print subtitles in SubRip's format.")] = False,
     context: Context = None,
     stats: Stats = False,
@@ -89,18 +94,20 @@ def transcribe(
     """Write down what is said in a recording.
 
     It is cut at pauses into pieces of at most 30 seconds, which the model hears one by one: one line of text each.
-    --max-tokens is for each piece.
+    --max-tokens is for each piece.  One argument alone is the FILE.
     """
     if srt and as_json:
         raise UsageError("subtitles are no JSON", field="--srt", hint="leave --srt or --json out")
     config = sampling.config()
+    model, file = model_and_file(model, file)
+    path = model_path(model)
     try:
         prompt, task = _task(hearing)
-        require_encoders(model, {"audio": ""})
+        require_encoders(path, {"audio": ""})
         recording = _read(file, hearing.splitter)
     except UsageError as error:
         raise named_as_option(error, asdict(hearing)) from None
-    facts = {"model": model, "file": file, **task}
+    facts = {"model": path, "file": file, **task}
     with load_model(model, runtime, context=context) as loaded:
         adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
         job = _Job(loaded, recording, config, prompt=prompt, adapter=adapter, adapter_scale=adaptation.adapter_scale)

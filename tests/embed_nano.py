@@ -25,6 +25,7 @@ class Sample:
     name: str  # for people
     command: str  # "run", or "transcribe", which has words of its own for the model
     files: dict[str, str] = field(default_factory=dict)  # "image", "audio" -> name
+    spoken: str = ""  # what the recording asks
 
 
 # Items that nano answers rightly in 4 bits: the demo fails otherwise.
@@ -52,6 +53,8 @@ def embed(package: Path) -> None:
 def _embed(sample: Sample, item: Item, folder: Path) -> dict[str, str]:
     """Copies the files of an item; what ``samples.json`` says about it."""
     described = {"name": sample.name, "command": sample.command}
+    if sample.spoken:
+        described["spoken"] = sample.spoken
     (message,) = item.messages  # one question, which a command can ask
     for part in message["content"]:
         kind = part["type"]

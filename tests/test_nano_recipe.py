@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nano_items import CHECKPOINT, HELD_OUT, TEST_SET
 
-from nano import evaluate, export, loop, pictures, sounds, text_stage, tokens, train
+from nano import evaluate, export, joint_stage, loop, picture_stages, pictures, sounds, text_stage, tokens, train
 from nano.words import COMMANDS, NUMBERS, PRINTED, TEST, TRAIN, split_of
+from nano_items import CHECKPOINT, HELD_OUT, TEST_SET
 from peers import require, with_program
 from phi4edge.converters.convert import convert
 
@@ -95,7 +95,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     monkeypatch.setattr(sounds, "COUNTS", {TRAIN: (280, 10, 200), "watch": (2, 1, 40), TEST: (2, 1, 40)})
     monkeypatch.setattr(train, "STEPS", dict.fromkeys(train.STEPS, 3))
-    monkeypatch.setattr(text_stage, "WATCHED", 2)
+    for module in (text_stage, picture_stages, joint_stage):
+        monkeypatch.setattr(module, "WATCHED", 2)
     for name in ("_TALKS", "_PICTURES", "_SPOKEN"):
         monkeypatch.setattr(evaluate, name, 3)
     yield

@@ -43,6 +43,7 @@ class Sample:
     prompt: str = ""
     image: str = ""
     audio: str = ""
+    spoken: str = ""  # what is asked in the recording
 
     @property
     def files(self) -> dict[str, str]:
@@ -159,7 +160,8 @@ def _is_sample(entry: Any, names: set[str]) -> bool:
 def _show(model: Model, sample: Sample, *, aloud: bool) -> Shown:
     """Asks the model; the command, the answer as it comes, and the costs are printed if ``aloud``."""
     if aloud:
-        output.write_text(f"\n{sample.name}\n$ {shlex.join([*_program(), *sample.words])}\n")
+        spoken = f'  # spoken: "{sample.spoken}"' if sample.spoken else ""
+        output.write_text(f"\n{sample.name}\n$ {shlex.join([*_program(), *sample.words])}{spoken}\n")
     with part_of_the_installation():  # nothing here comes from the user
         shown = Shown(sample, (_transcribe if sample.command == "transcribe" else _run)(model, sample, aloud))
     if aloud:

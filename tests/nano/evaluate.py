@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,8 +40,10 @@ class Checkpoint:
         network = transformers.Phi4MultimodalForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         )
-        self.adapted = peft.PeftModel.from_pretrained(network, path / "vision-lora", adapter_name="vision").eval()
-        self.adapted.load_adapter(path / "speech-lora", adapter_name="speech")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name of the past
+            self.adapted = peft.PeftModel.from_pretrained(network, path / "vision-lora", adapter_name="vision").eval()
+            self.adapted.load_adapter(path / "speech-lora", adapter_name="speech")
         self.network = self.adapted.get_base_model()
 
     def using(self, adapter: str | None) -> Any:

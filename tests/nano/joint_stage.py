@@ -38,6 +38,7 @@ from nano.tokens import Tokens
 from nano.words import TRAIN, WATCH
 
 BATCH = 48
+WATCHED = 150  # spoken questions
 _BRANCH = (AUDIO_PART + "up_proj_for_vision_speech", AUDIO_PART + "down_proj_for_vision_speech")
 
 
@@ -94,7 +95,7 @@ def run(stage: Stage, tokens: Tokens) -> None:
     def watch() -> Mapping[str, float]:
         random, rights = Random(4243), []
         with evaluating(network):
-            for name in tasks(random, 150, spoken=True):
+            for name in tasks(random, WATCHED, spoken=True):
                 each = picture(random, WATCH, SINGLE, name)
                 rights.append(right_about(network, tokens, each, watched, random.choice(asked_watched[name])))
         return {**watch_pictures(), "spoken": round(sum(rights) / len(rights), 3)}

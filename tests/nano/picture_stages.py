@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from random import Random
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +46,7 @@ from nano.pictures import (
 from nano.tokens import Tokens
 from nano.words import TRAIN, WATCH
 
-PIXELS_IN_BATCH: Final = 64 * 112 * 112
+WATCHED = 32  # questions of each kind
 
 
 def patch_heads() -> Any:
@@ -133,7 +133,9 @@ def question_loss(
     return loss + 0.3 * page_loss, seen
 
 
-def watcher(network: Any, tokens: Tokens, n: int = 32) -> Callable[[], Mapping[str, float]]:
+def watcher(network: Any, tokens: Tokens) -> Callable[[], Mapping[str, float]]:
+    n = WATCHED
+
     def watch() -> Mapping[str, float]:
         random, found = Random(4242), {}
         with evaluating(network):
@@ -141,7 +143,7 @@ def watcher(network: Any, tokens: Tokens, n: int = 32) -> Callable[[], Mapping[s
                 for name in ("number", "word", "describe", "turns"):
                     rights = []
                     for size in sizes[:4]:
-                        count = n * 2 if len(sizes) == 1 else n // 2
+                        count = n * 2 if len(sizes) == 1 else max(1, n // 2)
                         batch = batch_of(random, tokens, network, WATCH, size, [name] * count, last_only=True)
                         rights += answer_loss(network, tokens, *batch[:2])[1].float().tolist()
                     found[f"{kind} {name}"] = round(sum(rights) / len(rights), 3)

@@ -114,7 +114,7 @@ def some_of(items: Sequence[Item], n_most: int | None) -> list[Item]:
         return list(items)
     chosen: set[Item] = set()
     for family in families(items):
-        of_family = [item for item in items if item.family == family]
+        of_family = sorted((item for item in items if item.family == family), key=lambda item: item.task)
         n_taken = min(n_most, len(of_family))
         chosen.update(of_family[index * len(of_family) // n_taken] for index in range(n_taken))
     return [item for item in items if item in chosen]

@@ -11,6 +11,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ def write_source(folder: Path, entries: Any = (QUESTION, TURNS)) -> Path:
     (folder / "checkpoint").symlink_to(CHECKPOINT)
     questions = folder / "mine" / "mine.json"
     questions.parent.mkdir()
-    for name, source in {"a.png": "img00.png", "b.png": "img04.png", "ask.wav": "ask00.wav"}.items():
+    asked = json.loads(TEST_SET.read_text(encoding="utf-8"))
+    pictures = [name for entry in asked for name in entry["images"] if name.endswith(".png")]
+    sounds = [entry["audio"] for entry in asked if entry["images"] and entry["audio"]]
+    for name, source in {"a.png": pictures[0], "b.png": pictures[-1], "ask.wav": sounds[0]}.items():
         (questions.parent / name).write_bytes((TEST_SET.parent / source).read_bytes())
     questions.write_text(entries if isinstance(entries, str) else json.dumps(entries), encoding="utf-8")
     return questions
@@ -133,9 +137,11 @@ def test_some_of_the_items_are_of_every_family_and_spread_over_its_tasks() -> No
         of_family = [item for item in everything if item.family == family]
         chosen = [item for item in some if item.family == family]
         assert len(chosen) == min(9, len(of_family))
-        assert chosen[0] is of_family[0]
         assert set(chosen) <= set(of_family)
-    assert len({item.task for item in some if item.family == "text"}) > 4
+        n_tasks = len({item.task for item in of_family})
+        assert len({item.task for item in chosen}) >= min(n_tasks, 9) / 2
+    cycle = [replace(everything[0], task=f"task{index % 12:02}") for index in range(264)]
+    assert [item.task for item in some_of(cycle, 12)] == sorted({item.task for item in cycle})
     assert some_of(everything, None) == everything
 
 

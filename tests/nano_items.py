@@ -16,7 +16,7 @@ NANO = Path(__file__).parent / "data" / "nano"
 CHECKPOINT = NANO / "checkpoint"
 TEST_SET = NANO / "testset" / "testset.json"  # with the answers of transformers
 HELD_OUT = NANO / "heldout" / "heldout.json"  # more of the kind, without
-N_LEAST = {TEST_SET: 2, HELD_OUT: 8}  # items of each family
+N_LEAST = {TEST_SET: 12, HELD_OUT: 200}  # items of each family
 
 
 @dataclass(frozen=True)

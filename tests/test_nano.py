@@ -54,7 +54,7 @@ def test_answers_are_those_of_transformers(model: phi4edge.Model, item: Item) ->
     expected = theirs()[item.name]
     answer = model.generate(item.messages, max_tokens=64)
     assert (*answer.tokens, *model.tokenizer.encode("<|end|>", special=True)) == expected.tokens
-    assert model.tokenizer.decode(answer.tokens, special=True) == expected.text == item.expected
+    assert model.tokenizer.decode(answer.tokens, special=True) == expected.text
     assert (answer.finish_reason, answer.adapter) == ("stop", item.adapter)
     assert answer.usage.prompt_tokens == expected.n_prompt_tokens
     logits = model.next_logits(item.messages)

@@ -30,7 +30,7 @@ _ALLOCATION: Final = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 
-STEPS: Final = {"text": 6000, "patches": 4500, "words": 1200, "look": 1500, "listen": 1800, "ask": 1800}
+STEPS: Final = {"text": 6000, "patches": 4500, "words": 1200, "look": 1500, "listen": 1800, "ask": 1500}
 
 
 def text(work: Path) -> None:

@@ -56,7 +56,8 @@ def _embed(sample: Sample, item: Item, folder: Path) -> dict[str, str]:
     if sample.spoken:
         described["spoken"] = sample.spoken
     (message,) = item.messages  # one question, which a command can ask
-    for part in message["content"]:
+    content = message["content"]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part["type"]
         if kind in sample.files:
             described[kind] = sample.files[kind]

@@ -1,8 +1,9 @@
 """How many items of the test split a checkpoint answers exactly in transformers, by family, task and adapter.
 
 ``python -m nano.evaluate WORK`` reads ``WORK/checkpoint`` and writes ``WORK/accuracy.json``.  In float32, on items that
-nothing looked at before.  An answer is right when every token of it is the likeliest one after those before it, its end
-included, which is when greedy decoding gives it.
+nothing looked at before; of texts, on those that no training conversation had as one of its turns.  An answer is right
+when every token of it is the likeliest one after those before it, its end included, which is when greedy decoding gives
+it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from nano import joint_stage, pictures, sound_stages, texts
+from nano import joint_stage, pictures, sound_stages, text_stage, texts, train
+from nano.loop import Stage
 from nano.network import answer_loss, torch
 from nano.picture_stages import batch_of
 from nano.sounds import Recordings
+from nano.texts import Conversation
 from nano.tokens import Tokens
-from nano.words import TEST
+from nano.words import TEST, TRAIN
 from peers import require
 
 ADAPTERS: Final = ("vision", "speech")
@@ -53,18 +57,37 @@ class Checkpoint:
         return self.adapted.disable_adapter() if adapter is None else nullcontext()
 
 
+@cache
+def asked_in_training() -> frozenset[str]:
+    """Every single turn of the conversations of the first stage, which are made here once more."""
+    stage = Stage("text", Path(), train.STEPS["text"], 0.0)
+    asked: set[str] = set()
+    for group in range(-(-stage.steps // text_stage.BATCHES)):
+        random = stage.random(group)
+        for _ in range(text_stage.BATCH * text_stage.BATCHES):
+            asked.update(question for question, _ in texts.conversation(random, TRAIN).turns)
+    return frozenset(asked)
+
+
+def new_texts(random: Random, task: str, n: int, known: set[str]) -> Iterator[Conversation]:
+    """At most n items of a task, each once; some tasks have few.  known: what they ask, which grows."""
+    for _ in range(n):
+        for _ in range(200):
+            item = texts.conversation(random, TEST, task)
+            if item.key not in known and item.key not in asked_in_training():
+                known.add(item.key)
+                yield item
+                break
+
+
 def answers(checkpoint: Checkpoint, family: str, work: Path, share: float = 1.0) -> Iterator[tuple[str, float]]:
     """(task, right) of each item of a family, with whatever adapter is in use."""
     network, tokens = checkpoint.network, checkpoint.tokens
     random = Random(f"test {family}")
     if family == "text":
         for task in texts.TASKS:
-            found: dict[str, Any] = {}
-            for _ in range(4 * _TALKS):  # some tasks have few items
-                item = texts.conversation(random, TEST, task)
-                if len(found) < _TALKS * share:
-                    found[item.key] = item
-            examples = [tokens.example(item, last_only=True) for item in found.values()]
+            items = new_texts(random, task, max(1, round(_TALKS * share)), set())
+            examples = [tokens.example(item, last_only=True) for item in items]
             for right in answer_loss(network, tokens, examples)[1].float().tolist():
                 yield task, right
     elif family == "vision":
@@ -119,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("work", type=Path, help="directory of nano.train")
     options = parser.parse_args()
+    Recordings.of(options.work, TEST)  # in processes, which are begun before torch has threads
     torch.set_num_threads(2)
     document = accuracy(Checkpoint(options.work / "checkpoint"), options.work)
     for family, found in document.items():

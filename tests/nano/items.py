@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -21,7 +22,7 @@ from PIL import Image
 
 from media_oracle import MediaOracle
 from nano import joint_stage, pictures, sounds, texts
-from nano.evaluate import FAMILIES
+from nano.evaluate import FAMILIES, new_texts
 from nano.texts import Conversation
 from nano.tokens import AUDIO, IMAGE, Tokens, prompt_text
 from nano.words import COMMANDS, SPOKEN_QUESTIONS, TEST
@@ -41,17 +42,13 @@ class Asked:
     sound: sounds.Samples | None = None
 
 
-def text_items(random: Random, n: int) -> Iterator[Asked]:
-    tasks = list(texts.TASKS)
-    known: set[str] = set()
-    for i in range(n):
-        item = texts.conversation(random, TEST, tasks[i % len(tasks)])
-        for _ in range(200):  # some tasks have few items
-            if item.key not in known:
-                break
-            item = texts.conversation(random, TEST, tasks[i % len(tasks)])
-        known.add(item.key)
-        yield Asked(item)
+def text_items(random: Random, n: int, known: set[str]) -> Iterator[Asked]:
+    """Of all tasks alike, as far as there are items that are not known yet; then of those that have more."""
+    tasks, left = cycle(texts.TASKS), n
+    while left:
+        for item in new_texts(random, next(tasks), 1, known):
+            left -= 1
+            yield Asked(item)
 
 
 def _sizes(random: Random) -> Iterator[pictures.Size]:
@@ -86,13 +83,13 @@ def spoken_items(random: Random, n: int, name: str) -> Iterator[Asked]:
         yield Asked(joint_stage.spoken(each), each.images, recording)
 
 
-def write(folder: Path, name: str, counts: dict[str, int], compressed: bool) -> list[dict[str, Any]]:
-    """The files of items; their entries."""
+def write(folder: Path, name: str, counts: dict[str, int], known: set[str], compressed: bool) -> list[dict[str, Any]]:
+    """The files of items; their entries.  known: the texts of other files, which grows."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     random = Random(name)
     made = {
-        "text": text_items(random, counts["text"]),
+        "text": text_items(random, counts["text"], known),
         "vision": picture_items(random, counts["vision"]),
         "speech": sound_items(random, counts["speech"], name),
         "vision-speech": spoken_items(random, counts["vision-speech"], name),
@@ -173,9 +170,10 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="directory of nano.train")
     parser.add_argument("folder", type=Path, help="where testset and heldout are replaced")
     options = parser.parse_args()
+    known: set[str] = set()
     for place, name, compressed in ((0, "testset", False), (1, "heldout", True)):
         folder = options.folder / name
-        entries = write(folder, name, {family: counts[place] for family, counts in COUNTS.items()}, compressed)
+        entries = write(folder, name, {family: counts[place] for family, counts in COUNTS.items()}, known, compressed)
         if not compressed:
             add_answers(entries, folder, options.work / "checkpoint")
             right = sum(entry["hf_output"] == entry["expected"] for entry in entries)

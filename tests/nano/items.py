@@ -40,6 +40,7 @@ class Asked:
     conversation: Conversation
     images: tuple[Image.Image, ...] = ()
     sound: sounds.Samples | None = None
+    spoken: str = ""  # what the sound says
 
 
 def text_items(random: Random, n: int, known: set[str]) -> Iterator[Asked]:
@@ -72,15 +73,16 @@ def sound_items(random: Random, n: int, name: str) -> Iterator[Asked]:
         text = random.choice(COMMANDS) if task == "command" else sounds.some_numbers(random, TEST)
         kind, asked = ("command", "transcribe") if task == "command" else ("number", task)
         recording = sounds.record(text, f"{name} speech {i}")
-        yield Asked(sounds.conversation(random, kind, text, asked), sound=recording)
+        yield Asked(sounds.conversation(random, kind, text, asked), (), recording, text)
 
 
 def spoken_items(random: Random, n: int, name: str) -> Iterator[Asked]:
     sizes = _sizes(random)
     for i, task in enumerate(pictures.tasks(random, n, spoken=True)):
         each = pictures.picture(random, TEST, next(sizes), task)
-        recording = sounds.record(random.choice(SPOKEN_QUESTIONS[task]), f"{name} question {i}")
-        yield Asked(joint_stage.spoken(each), each.images, recording)
+        question = random.choice(SPOKEN_QUESTIONS[task])
+        recording = sounds.record(question, f"{name} question {i}")
+        yield Asked(joint_stage.spoken(each), each.images, recording, question)
 
 
 def write(folder: Path, name: str, counts: dict[str, int], known: set[str], compressed: bool) -> list[dict[str, Any]]:
@@ -111,6 +113,7 @@ def write(folder: Path, name: str, counts: dict[str, int], known: set[str], comp
                     "prompt": prompt_text(talk, len(item.images), int(item.sound is not None)),
                     "images": images,
                     "audio": None if item.sound is None else _save_sound(folder / stem, item.sound, compressed),
+                    "spoken": item.spoken,
                     "expected": talk.turns[-1][1],
                 }
             )

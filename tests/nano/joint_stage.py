@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from nano.loop import Stage, store, train
+from nano.loop import Stage, finish, train
 from nano.network import (
     AUDIO_PART,
     IMAGE_PART,
@@ -105,7 +105,7 @@ def run(stage: Stage, tokens: Tokens) -> None:
         round_to_bfloat16(network)
         stage.log("watched, in bfloat16:", watch())
         part = {name: value for name, value in base_state(network).items() if name.startswith((IMAGE_PART, *_BRANCH))}
-        store({"network": part, "vision": adapter_state(network, "vision")}, stage.done)
+        finish(stage, {"network": part, "vision": adapter_state(network, "vision")})
 
 
 def _of_one_length(random: Random, recordings: Recordings, of_kinds: list[list[int]]) -> list[int]:

@@ -49,6 +49,17 @@ class Stage:
             print(time.strftime("%H:%M:%S"), self.name, *words, flush=True)
 
 
+def finish(stage: Stage, state: Any) -> None:
+    """Stores what a stage is for; what it would go on from is not needed any more."""
+    store(state, stage.done)
+    (stage.folder / f"{stage.name}.unfinished").unlink(missing_ok=True)
+
+
+def _store_progress(path: Path, step: int, optimizers: list[Any], weights: list[Any]) -> None:
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    store({"step": step, "optimizers": states, "weights": [weight.data for weight in weights]}, path)
+
+
 def store(state: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -100,13 +111,11 @@ def train(
             stage.log(step, f"{time.time() - started:.0f} s", means)
             seen.clear()
         if step % _STORE == 0 and stage.rank == 0 and step < stage.steps:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            stored = {"step": step, "optimizers": states, "weights": [each.data for each in weights]}
-            store(stored, unfinished)
+            _store_progress(unfinished, step, optimizers, weights)
             stage.log("watched:", watch())
-    stage.log("watched:", watch() if stage.rank == 0 else None)
     if stage.rank == 0:
-        unfinished.unlink(missing_ok=True)
+        _store_progress(unfinished, step, optimizers, weights)
+        stage.log("watched:", watch())
 
 
 def _optimizers(stage: Stage) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nano.loop import Stage, store, train
+from nano.loop import Stage, finish, train
 from nano.network import (
     IMAGE_PART,
     WIDTH,
@@ -86,7 +86,7 @@ def pretrain(stage: Stage, tokens: Tokens) -> None:
     stage.modules |= {"network": network, "heads": heads}
     train(stage, lambda step: patch_loss(network, heads, stage.random(step), 64), dict)
     part = {name: value for name, value in base_state(network).items() if name.startswith(IMAGE_PART)}
-    store({"network": part, "heads": heads.state_dict()}, stage.done)
+    finish(stage, {"network": part, "heads": heads.state_dict()})
 
 
 def batch_of(
@@ -166,4 +166,4 @@ def questions(stage: Stage, tokens: Tokens) -> None:
     train(stage, lambda step: question_loss(stage, network, tokens, heads, step), watcher(network, tokens))
     round_to_bfloat16(network)
     part = {name: value for name, value in base_state(network).items() if name.startswith(IMAGE_PART)}
-    store({"network": part, "heads": heads.state_dict(), "vision": adapter_state(network, "vision")}, stage.done)
+    finish(stage, {"network": part, "heads": heads.state_dict(), "vision": adapter_state(network, "vision")})

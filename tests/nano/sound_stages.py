@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nano.loop import Stage, store, train
+from nano.loop import Stage, finish, train
 from nano.network import (
     AUDIO_PART,
     WIDTH,
@@ -98,7 +98,7 @@ def pretrain(stage: Stage, tokens: Tokens) -> None:
 
     train(stage, loss_of, dict)
     part = {name: value for name, value in base_state(network).items() if name.startswith(AUDIO_PART)}
-    store({"network": part, "heads": heads.state_dict()}, stage.done)
+    finish(stage, {"network": part, "heads": heads.state_dict()})
 
 
 def questions(stage: Stage, tokens: Tokens) -> None:
@@ -142,7 +142,7 @@ def questions(stage: Stage, tokens: Tokens) -> None:
     train(stage, loss_of, watch)
     round_to_bfloat16(network)
     part = {name: value for name, value in base_state(network).items() if name.startswith(AUDIO_PART)}
-    store({"network": part, "speech": adapter_state(network, "speech")}, stage.done)
+    finish(stage, {"network": part, "speech": adapter_state(network, "speech")})
 
 
 def right_about(network: Any, tokens: Tokens, recordings: Recordings, index: int, task: str) -> float:

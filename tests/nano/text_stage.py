@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from nano.loop import Stage, store, train
+from nano.loop import Stage, finish, train
 from nano.network import (
     DECODER_PARTS,
     answer_loss,
@@ -55,7 +55,7 @@ def run(stage: Stage, tokens: Tokens) -> None:
     round_to_bfloat16(network)
     stage.log("watched, in bfloat16:", watch())
     state = base_state(network)
-    store({name: value for name, value in state.items() if name.startswith(DECODER_PARTS)}, stage.done)
+    finish(stage, {name: value for name, value in state.items() if name.startswith(DECODER_PARTS)})
 
 
 def _batches(random: Random, tokens: Tokens) -> list[Any]:

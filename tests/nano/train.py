@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -99,12 +100,16 @@ def _start(work: Path, *stages: str, **environment: str) -> subprocess.Popen[byt
 
 
 def _finish(running: list[subprocess.Popen[bytes]]) -> None:
+    """Waits for all; when one fails, or this process is stopped, the others are too."""
     try:
-        failed = [each.wait() for each in running]
+        while any(each.poll() is None for each in running):
+            if any(each.poll() for each in running):
+                sys.exit("a stage failed; what it says is above")
+            time.sleep(1)
     finally:
         for each in running:
             each.terminate()
-    if any(failed):
+    if any(each.returncode for each in running):
         sys.exit("a stage failed; what it says is above")
 
 

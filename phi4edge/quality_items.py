@@ -110,7 +110,7 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     for index, entry in enumerate(entries):
         item = _Entry(entry, file, f"items[{index}]").item()
         if (other := found.setdefault(item.name, item)) is not item:
-            raise InputError(f"'{item.name}' is that of {other.field} too", path=str(file), field=f"{item.field}.id")
+            raise InputError(f"'{item.name}' is the id of {other.field} too", path=str(file), field=f"{item.field}.id")
     return list(found.values())
 
 

@@ -142,10 +142,10 @@ def bench_quality(options: Quality, runtime: Runtime, *, as_json: bool) -> None:
     folder = nano_folder() if options.quality == _NANO else Path(options.quality or "")
     items = [item for file in item_files(folder) for item in read_items(file)]
     document = _Bench(folder, some_of(items, options.items), runtime).run(chosen)
-    _show(document, plot, as_json=as_json)
+    show(document, plot, as_json=as_json)
 
 
-def _show(document: dict[str, Any], plot: Plot | None, *, as_json: bool) -> None:
+def show(document: dict[str, Any], plot: Plot | None, *, as_json: bool) -> None:
     """Prints the results and draws the plot; they are printed even if it cannot be written."""
     if not as_json:
         from phi4edge.cli.quality_tables import tables

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Plot:
             raise UsageError("only SVG is written", path=path, field=_FIELD, hint="give a name that ends in .svg")
         with disk_errors(self._path):
             require_writable(self._path, (), force=True)
+            with suppress(FileNotFoundError):
+                self._path.lstat()  # a name that is too long is told now, not after the measuring
         try:
             from matplotlib.figure import Figure
         except ImportError as error:

@@ -22,7 +22,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.wheel: $(sources) | $(VENV)/bin/python
 	@echo "Building phi4edge; this takes a minute or two ..."
-	rm -rf dist
+	rm -f dist/phi4edge-*.whl
 	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@touch $@
 

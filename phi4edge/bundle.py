@@ -30,6 +30,7 @@ UNFINISHED_PREFIX = ".phi4edge-"  # files of a conversion that was killed; no pa
 # it this name and replacing the manifest; nothing reads it, and the next conversion removes it.
 PART_NAME = re.compile(r"backbone(\.2)?\.gguf|(vision|audio)(\.2)?\.onnx|[a-z0-9][a-z0-9_-]*(\.2)?\.lora\.gguf")
 
+_PACKAGE = Path(__file__).parent  # in a bundle of the package, files may be links: some installers make them so
 _LARGEST_MANIFEST = 4 << 20  # bytes
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -119,7 +120,7 @@ class Bundle:
         """
         root = Path(directory)
         path = root / MANIFEST
-        if path.is_symlink():
+        if path.is_symlink() and root.parent != _PACKAGE:
             raise BundleError("is a symbolic link", path=str(path), hint="a bundle holds its files itself")
         bundle = cls(root, Manifest.from_json(read_bytes(path, at_most=_LARGEST_MANIFEST), str(path)))
         _raise_if(bundle._problems_of_sizes(), str(root))
@@ -165,7 +166,7 @@ class Bundle:
         problems = []
         for part in self.manifest.parts:
             try:
-                status = (self.directory / part.file).lstat()
+                status = (self.directory / part.file).stat(follow_symlinks=self.directory.parent == _PACKAGE)
             except FileNotFoundError:
                 problems.append(f"'{part.file}' is missing")
                 continue

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -35,7 +36,8 @@ _ROLES = ("system", "user", "assistant")
 _TURN = re.compile(rf"<\|({'|'.join(_ROLES)})\|>(.*?)<\|end\|>", re.DOTALL)
 _ANSWER = "<|assistant|>"  # ends a prompt
 _TOOLS, _TOOLS_END = "<|tool|>", "<|/tool|>"  # in the turn of the system
-_PLACEHOLDER = re.compile(r"<\|(image|audio)_(\d{1,4})\|>")
+_PLACEHOLDER = re.compile(r"<\|(image|audio)_([0-9]{1,4})\|>")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may have one alone
 _SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>")
 
 
@@ -63,9 +65,10 @@ def nano_folder(start: Path | None = None) -> Path:
 
     Raises FileError.
     """
-    start = Path.cwd() if start is None else start.absolute()
+    with _file_errors("the current directory"):
+        start = Path.cwd() if start is None else start.absolute()
     for directory in (start, *start.parents):
-        if (directory / _NANO / CHECKPOINT).is_dir():
+        if os.path.isdir(directory / _NANO / CHECKPOINT):  # noqa: PTH112 - where we may not look there is none
             return directory / _NANO
     raise FileError(
         f"no clone of the phi4edge repository here: neither this directory nor one above it has {_NANO.as_posix()}",
@@ -77,22 +80,20 @@ def nano_folder(start: Path | None = None) -> Path:
 def item_files(folder: Path) -> list[Path]:
     """``NAME/NAME.json`` in a folder that has a ``checkpoint`` too.  Raises FileError."""
     what = f"a folder with {CHECKPOINT}/ and questions in files such as heldout/heldout.json is needed"
-    if not (folder / CHECKPOINT).is_dir():
-        raise FileError(
-            f"has no folder '{CHECKPOINT}'" if folder.is_dir() else "is no folder", path=str(folder), hint=what
-        )
-    try:
+    with _file_errors(str(folder)):
+        if not (folder / CHECKPOINT).is_dir():
+            raise FileError(
+                f"has no folder '{CHECKPOINT}'" if folder.is_dir() else "is no folder", path=str(folder), hint=what
+            )
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKPOINT)
-    except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror}", path=str(folder)) from error
-    files = [path for name in names if (path := folder / name / f"{name}.json").is_file()]
+        files = [path for name in names if (path := folder / name / f"{name}.json").is_file()]
     if not files:
         raise FileError("has no questions", path=str(folder), hint=what)
     return files
 
 
 def read_items(path: str | os.PathLike[str]) -> list[Item]:
-    """The items of a file; pictures and sounds are beside it or below, and must be there.
+    """The items of a file; pictures and sounds are beside it or below, and must be there.  No two have the same id.
 
     Raises FileError, InputError; both name the entry and its field.
 
@@ -105,7 +106,12 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
         raise InputError(error.problem, path=error.path, field=error.field, hint=error.hint) from error
     if not entries:
         raise InputError("has no entries", path=str(file))
-    return [_Entry(entry, file, f"items[{index}]").item() for index, entry in enumerate(entries)]
+    found: dict[str, Item] = {}
+    for index, entry in enumerate(entries):
+        item = _Entry(entry, file, f"items[{index}]").item()
+        if (other := found.setdefault(item.name, item)) is not item:
+            raise InputError(f"'{item.name}' is the id of {other.field} too", path=str(file), field=f"{item.field}.id")
+    return list(found.values())
 
 
 def some_of(items: Sequence[Item], n_most: int | None) -> list[Item]:
@@ -230,6 +236,8 @@ class _Entry:
             self._refuse("is missing" if value is None else f"must be a text, got {_shown(value)}", field)
         if len(value) > _LONGEST_TEXT:
             self._refuse(f"has {len(value)} characters; the limit is {_LONGEST_TEXT}", field)
+        if _SURROGATE.search(value):
+            self._refuse("has half a character, between \\ud800 and \\udfff", field)
         return value
 
     def _name(self, field: str) -> str:
@@ -253,13 +261,28 @@ class _Entry:
         if not _FILE.fullmatch(name) or relative.is_absolute() or ".." in relative.parts:
             self._refuse(f"{name[:80]!r} is not the plain name of a file beside this one", field)
         path = self._file.parent / relative
-        if not path.is_file():
-            raise FileError(f"there is no file '{name}'", path=str(self._file), field=f"{self._field}.{field}")
+        where = f"{self._field}.{field}"
+        with _file_errors(str(self._file), where, what=f"'{name}' "):
+            if not path.is_file():
+                raise FileError(f"there is no file '{name}'", path=str(self._file), field=where)
+            if not path.resolve().is_relative_to(self._file.parent.resolve()):
+                self._refuse(f"'{name}' is a link to a file elsewhere", field)
         return path
 
     def _refuse(self, problem: str, field: str = "", *, hint: str = "") -> NoReturn:
         where = f"{self._field}.{field}" if field else self._field
         raise InputError(problem, path=str(self._file), field=where, hint=hint)
+
+
+@contextmanager
+def _file_errors(path: str, field: str = "", *, what: str = "") -> Iterator[None]:
+    """What the system says about a file, as FileError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{what}cannot be read: {error.strerror}", path=path, field=field) from error
 
 
 def _shown(value: Any) -> str:

@@ -206,6 +206,7 @@ def test_bytes_that_are_not_text_do_not_end_the_program(model: str) -> None:
         (["info", __file__], 4, "test_cli.py"),
         (["run", "MODEL", ""], 4, "empty"),
         (["run", "MODEL"], 4, "empty"),  # standard input is empty
+        (["run", "MODEL"], 4, "' was taken for the model"),
         (["run", "MODEL", "hi", "--isa", "z80"], 9, "z80"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,16 @@ from processes import COMMAND, DEADLINE, is_one_error_line, run
 PACKAGE = Path(phi4edge.__file__).parent
 # The items of the samples: a text, an image, a recording, an image with a spoken question.
 TEXT, IMAGE, RECORDING, SPOKEN = ({item.name: item for item in items()}[sample.item] for sample in SAMPLES)
-QUESTION, ANSWER = TEXT.messages[-1]["content"][-1]["text"], f"{TEXT.expected}\n"
+
+
+def of(item: Item, kind: str) -> str:
+    """The text, or the path of the image or the sound, of an item."""
+    content = item.messages[-1]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return next(str(part[kind]) for part in parts if kind in part)
+
+
+QUESTION, ANSWER = of(TEXT, "text"), f"{TEXT.expected}\n"
 
 
 def is_note(text: str) -> bool:
@@ -76,11 +87,6 @@ def test_the_embedded_model_answers(arguments: list[str], text: str) -> None:
     done = run(*arguments, text=text)
     assert (done.returncode, done.stdout) == (0, ANSWER)
     assert done.stderr == "" if "nano" in arguments else is_note(done.stderr)
-
-
-def of(item: Item, kind: str) -> str:
-    """The text, or the path of the image or the sound, of an item."""
-    return next(str(part[kind]) for part in item.messages[-1]["content"] if kind in part)
 
 
 def test_the_embedded_model_sees_and_hears() -> None:
@@ -205,20 +211,36 @@ def test_two_words_are_the_model_and_the_prompt() -> None:
     assert model_and_file("a", "b") == ("a", "b")
 
 
-def test_a_question_of_one_word_is_answered_with_the_name_of_the_model() -> None:
-    done = run("run", "Hello")
+@pytest.mark.parametrize("question", ["Hello", "tell me about model.gguf", "/ is a slash"])
+def test_a_question_that_reads_like_a_name_is_answered_with_the_name_of_the_model(question: str) -> None:
+    done = run("run", question)
     assert done.returncode == 3
     said = shlex.split(done.stderr.rpartition(": phi4edge ")[2])
-    assert said == ["run", "nano", "Hello"]
+    assert said == ["run", "nano", question]
     assert run(*said).returncode == 0
 
 
 def test_one_word_after_transcribe_is_the_recording(folder: Path) -> None:
     for word in ("talk.wav", "Hello", "a file", "no such file.wav"):
         assert model_and_file(word, None) == (None, word)
-    for left_out in ("model.gguf", "modle.gguf", "a bundle", None):
+    for left_out in ("model.gguf", "modle.gguf", "a bundle", "nano", "", None):
         with pytest.raises(UsageError, match="Missing argument 'FILE'"):
             model_and_file(left_out, None)
+    with pytest.raises(UsageError, match="Missing argument 'FILE'"):
+        model_and_file("nano", "")
+    Path("nano").touch()  # from here on it is the name of something else
+    assert model_and_file("nano", None) == (None, "nano")
+
+
+@pytest.mark.parametrize("second", ["a file", "nano"])
+def test_a_recording_in_the_place_of_the_model_is_named(
+    folder: Path, second: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["transcribe", "Why not?", second]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert is_one_error_line(err)
+    assert "Why not?: a model file alone reads text, not sounds; the first of two words is the model" in err
 
 
 def test_M1_files_that_are_no_image_or_sound_are_the_errors_of_any_model() -> None:
@@ -242,7 +264,13 @@ def test_the_demo_is_right_in_all_four_modes() -> None:
     done = run("demo")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("[right | adapter: ") == 4
-    for text in ("4 of 4 answers right", "tokens/s", "first token after", "peak memory"):
+    for text in (
+        "4 of 4 answers right",
+        "tokens/s",
+        "first token after",
+        "peak memory",
+        "MiB with its adapters and encoders",
+    ):
         assert text in done.stdout
 
 
@@ -259,6 +287,21 @@ def test_the_commands_of_the_demo_give_its_answers() -> None:
         options: dict[str, Any] = {"cwd": PACKAGE.parent, "capture_output": True, "text": True, "timeout": DEADLINE}
         typed = subprocess.run(sample["command"], shell=True, stdin=subprocess.DEVNULL, **options)
         assert typed.stdout == f"{sample['expected']}\n"
+
+
+def test_commands_of_the_demo_can_be_typed_where_the_program_is_no_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["phi4edge"])  # as another program, or Windows, may start it
+    assert main(["demo", "--json"]) == 0
+    for sample in json.loads(capsys.readouterr().out)["samples"]:
+        assert shlex.split(sample["command"])[:3] == [sys.executable, "-m", "phi4edge"]
+
+
+def test_bench_has_a_prompt_of_512_tokens_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "-r", "1", "-t", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["prompt_tokens"], record["decode_tokens"], record["repetitions"]) == (512, 64, 1)
 
 
 # --- a damaged installation
@@ -327,6 +370,16 @@ def test_every_command_says_that_the_installation_is_damaged(installed: Path, co
     done = run_copy(installed, command, *recording)
     assert (done.returncode, done.stdout) == (4, "")
     assert is_damage(done.stderr)
+
+
+def test_an_installation_of_symbolic_links_is_no_damage(tmp_path: Path) -> None:
+    package = shutil.copytree(PACKAGE, tmp_path / "phi4edge", copy_function=os.symlink)
+    assert (package / "nano" / "backbone.gguf").is_symlink()
+    for command in (["demo"], ["verify"]):
+        assert run_copy(package, *command).returncode == 0
+    (package / "nano" / "backbone.gguf").unlink()
+    (package / "nano" / "backbone.gguf").symlink_to(package / "gone")
+    assert is_damage(run_copy(package, "run", QUESTION).stderr)
 
 
 def test_a_file_more_in_the_package_is_no_damage(installed: Path) -> None:

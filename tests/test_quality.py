@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 import peers
 import phi4edge
 from nano_items import CHECKPOINT, HELD_OUT, NANO, TEST_SET, answers_exactly, items
 from phi4edge.cli import main
+from phi4edge.cli.quality import show
 from phi4edge.cli.quality_plot import Plot
 from phi4edge.cli.quality_tables import tables
 from phi4edge.converters.convert import convert
-from phi4edge.errors import FileError, InputError
+from phi4edge.errors import FileError, InputError, UsageError
 from phi4edge.quality import measure, total
 from phi4edge.quality_items import Item, families, item_files, nano_folder, read_items, some_of
 from processes import COMMAND, DEADLINE, ROOT, is_one_error_line
@@ -158,6 +160,8 @@ def test_some_of_the_items_are_of_every_family_and_spread_over_its_tasks() -> No
         ({"expected": None}, "expected", "missing"),
         ({"expected": ""}, "expected", "empty"),
         ({"expected": "x" * 2_000_000}, "expected", "limit"),
+        ({"expected": "\ud800"}, "expected", "half a character"),
+        ({"id": TURNS["id"]}, "id", "'turns' is the id of items[0] too"),
         ({"prompt": {}}, "prompt", "dict"),
         ({"prompt": "Calculate 20 - 4."}, "prompt", "no conversation"),
         ({"prompt": "<|user|>a<|end|>"}, "prompt", "no conversation"),
@@ -171,6 +175,7 @@ def test_some_of_the_items_are_of_every_family_and_spread_over_its_tasks() -> No
         ({"prompt": "<|user|><|image_2|>a<|end|><|assistant|>", "images": ["a.png"]}, "prompt", "number 1 is the next"),
         ({"prompt": "<|system|>" + "<|tool|>" * 50_000 + "<|user|>" * 50_000}, "prompt", "no conversation"),
         ({"prompt": "<|user|><|image_99999|>a<|end|><|assistant|>"}, "prompt", "<|image_99999|> within"),
+        ({"prompt": "<|user|><|image_\u0661|>a<|end|><|assistant|>", "images": ["a.png"]}, "prompt", "within the text"),
         (
             {"prompt": "<|user|><|audio_1|><|image_1|><|end|><|assistant|>", "images": ["a.png"], "audio": "ask.wav"},
             "prompt",
@@ -185,12 +190,15 @@ def test_some_of_the_items_are_of_every_family_and_spread_over_its_tasks() -> No
         ({"images": ["/etc/passwd"]}, "images[0]", "plain name"),
         ({"audio": "a\x00.wav"}, "audio", "plain name"),
         ({"images": ["there-is-none.png"]}, "images[0]", "no file 'there-is-none.png'"),
+        ({"images": ["away.png"]}, "images[0]", "'away.png' is a link to a file elsewhere"),
     ],
 )
 def test_an_entry_that_cannot_be_used_is_named_with_its_field(
     tmp_path: Path, changes: dict[str, Any], field: str, says: str
 ) -> None:
     questions = write_source(tmp_path / "source", [TURNS, QUESTION | changes])
+    (tmp_path / "away.png").touch()
+    (questions.parent / "away.png").symlink_to(tmp_path / "away.png")
     with pytest.raises((InputError, FileError)) as caught:
         read_items(questions)
     assert (caught.value.path, caught.value.field) == (str(questions), f"items[1].{field}")
@@ -222,7 +230,7 @@ def test_a_damaged_picture_and_an_unknown_adapter_name_their_item(model: phi4edg
     (questions.parent / "b.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"mine\.json: items\[1\]: .*b\.png: is not a PNG"):
         measure(model, read_items(questions), {})
-    questions.write_text(json.dumps([QUESTION, QUESTION | {"adapter": "law"}]))
+    questions.write_text(json.dumps([QUESTION, QUESTION | {"id": "two", "adapter": "law"}]))
     with pytest.raises(InputError, match=r"mine\.json: items\[1\]\.adapter: .*'law'.*vision, speech"):
         measure(model, read_items(questions), {})
 
@@ -239,6 +247,30 @@ def test_the_nano_checkpoint_is_found_from_within_its_clone(tmp_path: Path) -> N
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(FileError, match="has no questions"):
         item_files(tmp_path)
+
+
+def test_a_folder_that_may_not_be_entered_is_a_file_error(tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    (tmp_path / "source").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        with pytest.raises(FileError, match="cannot be read: Permission denied"):
+            item_files(tmp_path / "source")
+        with pytest.raises(FileError, match="clone the repository"):
+            nano_folder(tmp_path / "source")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "source").chmod(0o700)
+
+
+def test_a_current_directory_that_is_gone_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileError, match="the current directory: cannot be read: No such file"):
+        nano_folder()
 
 
 # --- measuring
@@ -297,6 +329,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_variants_are_measured_and_sums_are_sums(document: dict[str, Any], tmp_path: Path) -> None:
+    assert (document["kv_type"], document["provider"]) == ("f16", "auto")
     results = {(each["backbone"], each["adapters"], each["encoders"]): each for each in document["results"]}
     assert len(results) == len(document["results"])
     assert next(iter(results)) == ("f32", "f32", "fp32")
@@ -380,6 +413,37 @@ def test_the_plot_is_svg_with_its_text_as_text(document: dict[str, Any], tmp_pat
     assert {"q4_k_m", "f32", "32.0", "turns (1)", "adapters merged", "exactly right answers, %"} <= texts
 
 
+def test_the_plot_takes_the_place_of_its_own_file_alone(document: dict[str, Any], tmp_path: Path) -> None:
+    peers.require("matplotlib")
+    (tmp_path / "a.svg").write_text("an older one")
+    (tmp_path / "precious").write_text("keep")
+    (tmp_path / "a.svg.part").symlink_to(tmp_path / "precious")
+    Plot(str(tmp_path / "a.svg")).write(document)
+    assert (tmp_path / "a.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert (tmp_path / "precious").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "a.svg.part", "precious"]
+    (tmp_path / "b.svg").mkdir()
+    with pytest.raises(UsageError, match="not a regular file"):  # before anything is measured
+        Plot(str(tmp_path / "b.svg"))
+
+
+def test_results_are_printed_where_the_plot_cannot_be_written(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers.require("matplotlib")
+    (tmp_path / "folder").mkdir()
+    plot = Plot(str(tmp_path / "folder" / "a.svg"))
+    (tmp_path / "folder").rmdir()
+    with pytest.raises(FileError, match="cannot be written"):
+        show(document, plot, as_json=False)
+    assert capsys.readouterr().out == tables(document)
+    with pytest.raises(typer.Exit) as caught:
+        show(document, plot, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert (caught.value.exit_code, printed.pop("error")["code"]) == (3, "file_error")
+    assert printed == document
+
+
 def test_without_matplotlib_nothing_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,15 +463,17 @@ def test_without_matplotlib_nothing_is_measured(
         (["--quality", "nano"], 3, "clone the repository"),  # the current directory is none
         (["--quality", "nothing"], 3, "nothing: is no folder"),
         (["--quality", str(NANO), "model.gguf"], 2, "leave 'model.gguf' out"),
+        (["--quality", "x" * 5000], 3, "File name too long"),
         (["--quality", str(NANO), "-p", "8"], 2, "leave -p, -n and -r out"),
+        (["--quality", str(NANO), "-p", "512"], 2, "leave -p, -n and -r out"),
         (["--quality", str(NANO), "--bits", "5"], 2, "--bits: 5"),
         (["--quality", str(NANO), "--items", "0"], 2, "--items"),
         (["--quality", str(NANO), "--plot", "a.png"], 2, ".svg"),
-        (["--quality", str(NANO), "--plot", "nothing/a.svg"], 3, "directory does not exist"),
+        (["--quality", str(NANO), "--plot", "nothing/a.svg"], 3, "nothing: does not exist"),
+        (["--quality", str(NANO), "--plot", "x" * 300 + ".svg"], 3, "File name too long"),
         (["--quality", str(NANO), "--items", "1", "--provider", "none"], 2, "--provider"),
         (["--items", "3", "model.gguf"], 2, "--items: is for --quality"),
         (["--bits", "4", "model.gguf"], 2, "--bits: is for --quality"),
-        ([], 2, "MODEL"),
     ],
 )
 def test_arguments_that_make_no_sense_are_one_line(

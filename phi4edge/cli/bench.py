@@ -58,26 +58,35 @@ def bench(
     quality: Quality,
     model: ModelPath = None,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", metavar="N", min=1, help="Length of the prompt.")
-    ] = _PROMPT_TOKENS,
+        int | None,
+        typer.Option(
+            "--prompt-tokens", "-p", metavar="N", min=1, help=f"Length of the prompt. [default: {_PROMPT_TOKENS}]"
+        ),
+    ] = None,
     decode_tokens: Annotated[
-        int, typer.Option("--decode-tokens", "-n", metavar="N", min=1, help="Tokens to write after it.")
-    ] = _DECODE_TOKENS,
+        int | None,
+        typer.Option(
+            "--decode-tokens", "-n", metavar="N", min=1, help=f"Tokens to write after it. [default: {_DECODE_TOKENS}]"
+        ),
+    ] = None,
     repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", metavar="N", min=1, help="Times to do both.")
-    ] = _REPETITIONS,
+        int | None,
+        typer.Option("--repetitions", "-r", metavar="N", min=1, help=f"Times to do both. [default: {_REPETITIONS}]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the speed of a model, or with --quality what it still knows in fewer bits."""
     if quality.quality is not None:
         if model is not None:
             raise UsageError("asks the checkpoint of its source", field="--quality", hint=f"leave '{model:.80}' out")
-        if (prompt_tokens, decode_tokens, repetitions) != (_PROMPT_TOKENS, _DECODE_TOKENS, _REPETITIONS):
+        if (prompt_tokens, decode_tokens, repetitions) != (None, None, None):
             raise UsageError("measures no speed", field="--quality", hint="leave -p, -n and -r out")
         bench_quality(quality, runtime, as_json=as_json)
         return
     from phi4edge.model import read_bandwidth
 
+    prompt_tokens, decode_tokens = prompt_tokens or _PROMPT_TOKENS, decode_tokens or _DECODE_TOKENS
+    repetitions = repetitions or _REPETITIONS
     with load_model(model, runtime, context=prompt_tokens + decode_tokens) as loaded:
         timings = measure(loaded, prompt_tokens, decode_tokens, repetitions)
         peak = machine.peak_memory()  # before the bandwidth test adds its own

@@ -195,7 +195,7 @@ def _heading(model: Model) -> str:
     threads = "1 thread" if model.threads == 1 else f"{model.threads} threads"
     return (
         f"phi4edge {phi4edge.__version__} with nano, the small Phi-4-multimodal in the package "
-        f"({output.bytes_text(n_bytes)})\n{machine.cpu_name()}, {threads}, {model.isa}"
+        f"({output.bytes_text(n_bytes)} with its adapters and encoders)\n{machine.cpu_name()}, {threads}, {model.isa}"
     )
 
 
@@ -222,7 +222,7 @@ def _wrong(n_wrong: int, n_samples: int) -> Phi4EdgeError:
 def _program() -> list[str]:
     """How this program was started, as one would type it."""
     started = sys.argv[0]
-    if Path(started).stem != "phi4edge":  # python -m phi4edge
+    if Path(started).stem != "phi4edge" or not Path(started).is_file():  # python -m phi4edge; or no path at all
         return [sys.executable, "-m", "phi4edge"]
     found = shutil.which("phi4edge")
     return ["phi4edge"] if found is not None and Path(found).samefile(started) else [started]

@@ -19,12 +19,13 @@ import phi4edge
 from phi4edge import machine
 from phi4edge.adapters import NO_ADAPTER
 from phi4edge.bundle import BACKBONE, Bundle
-from phi4edge.cli import output
+from phi4edge.cli import errors, output
 from phi4edge.cli.options import Runtime, named_as_option
 from phi4edge.cli.progress import ProgressBar
-from phi4edge.errors import OutOfMemoryError, UnsupportedError, UsageError
+from phi4edge.errors import OutOfMemoryError, Phi4EdgeError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    from phi4edge.cli.quality_plot import Plot
     from phi4edge.model import Model
     from phi4edge.quality import Measured
     from phi4edge.quality_items import Item
@@ -141,14 +142,28 @@ def bench_quality(options: Quality, runtime: Runtime, *, as_json: bool) -> None:
     folder = nano_folder() if options.quality == _NANO else Path(options.quality or "")
     items = [item for file in item_files(folder) for item in read_items(file)]
     document = _Bench(folder, some_of(items, options.items), runtime).run(chosen)
-    if plot is not None:
-        plot.write(document)
-    if as_json:
-        output.write_json(document)
-    else:
+    show(document, plot, as_json=as_json)
+
+
+def show(document: dict[str, Any], plot: Plot | None, *, as_json: bool) -> None:
+    """Prints the results and draws the plot; they are printed even if it cannot be written."""
+    if not as_json:
         from phi4edge.cli.quality_tables import tables
 
         output.write_text(tables(document))
+    error: Phi4EdgeError | None = None
+    try:
+        if plot is not None:
+            plot.write(document)
+    except BaseException as caught:
+        error = errors.known_error(caught)
+        if error is None or not as_json:
+            raise
+    finally:
+        if as_json:
+            output.write_json(document | (error.as_json() if error is not None else {}))
+    if error is not None:
+        raise typer.Exit(error.exit_code)
 
 
 def _checked_bits(bits: Sequence[int] | None) -> list[int]:
@@ -190,6 +205,8 @@ class _Bench:
             "cpu": machine.cpu_name(),
             "isa": self.isa,
             "threads": self.threads,
+            "kv_type": self.runtime.kv_type.value,
+            "provider": self.runtime.provider,
             "seconds": round(time.perf_counter() - started, 1),
             "results": results,
             "routing": self.routing,

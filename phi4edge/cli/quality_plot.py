@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phi4edge.errors import DiskError, FileError, UnsupportedError, UsageError
+from phi4edge.errors import UnsupportedError, UsageError
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -34,15 +35,20 @@ _STYLE: Any = {  # Any: whether matplotlib and its types are there or not
 class Plot:
     """An SVG file to be made; whether it can be is known before anything is measured.
 
-    Raises UnsupportedError without matplotlib, UsageError for another ending, FileError for no such directory.
+    Raises UnsupportedError without matplotlib, UsageError for another ending or a directory of that name, FileError for
+    no directory to put it in.
     """
 
     def __init__(self, path: str) -> None:
+        from phi4edge.converters.new_file import disk_errors, require_writable
+
         self._path = Path(path)
         if self._path.suffix.lower() != ".svg":
             raise UsageError("only SVG is written", path=path, field=_FIELD, hint="give a name that ends in .svg")
-        if not self._path.absolute().parent.is_dir():
-            raise FileError("the directory does not exist", path=path, field=_FIELD)
+        with disk_errors(self._path):
+            require_writable(self._path, (), force=True)
+            with suppress(FileNotFoundError):
+                self._path.lstat()  # a name that is too long is told now, not after the measuring
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -52,8 +58,10 @@ class Plot:
         self._new_figure = Figure  # not pyplot, which looks for a screen
 
     def write(self, document: Mapping[str, Any]) -> None:
-        """Draws what ``--json`` prints.  Raises DiskError; then a file that was there is as it was."""
+        """Draws what ``--json`` prints.  Raises DiskError, FileError, UsageError; then a file there is as it was."""
         import matplotlib
+
+        from phi4edge.converters.new_file import new_file
 
         results = [each for each in document["results"] if each["compares"] == "bits"]
         by_bits = sorted(results, key=lambda each: float(each["bits_per_weight"]))
@@ -65,13 +73,10 @@ class Plot:
             _draw_divergence(below, results, places)
             drawn = io.BytesIO()
             figure.savefig(drawn, format="svg", metadata={"Title": _TITLE, "Date": None})
-        temporary = self._path.with_name(f"{self._path.name}.part")
-        try:
-            temporary.write_bytes(drawn.getvalue())
-            os.replace(temporary, self._path)  # noqa: PTH105
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise DiskError(f"cannot be written: {error.strerror}", path=str(self._path)) from error
+        with new_file(self._path, drawn.tell(), force=True) as temporary, temporary.open("wb") as file:
+            file.write(drawn.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _draw_shares(axes: Any, results: Results, places: Mapping[str, int]) -> None:

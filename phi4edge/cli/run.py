@@ -81,7 +81,7 @@ def run(
     if raw and (attachments.image or attachments.audio or attachments.video):
         raise UsageError("a raw prompt has no place for images, sounds and videos", field="--raw", hint="leave it out")
     config = sampling.config()
-    text = "" if prompt is None and attachments.audio else read_prompt(prompt)
+    text = "" if prompt is None and attachments.audio else read_prompt(prompt, model)
     attachments.require(model_path(model))
     with load_model(model, runtime, context=context) as loaded:
         ready = loaded.tokenizer.encode(text, special=True) if raw else _messages(attachments.content(text), system)
@@ -116,19 +116,23 @@ def _messages(content: Any, system: str | None) -> list[Message]:
     return [*messages, {"role": "user", "content": content}]
 
 
-def read_prompt(argument: str | None) -> str:
-    """The prompt from the command line, or from standard input for ``-`` and in a pipe."""
+def read_prompt(argument: str | None, model: str | None) -> str:
+    """The prompt from the command line, or from standard input for ``-`` and in a pipe.
+
+    model: what was named; a word alone may have been meant as the prompt, so errors name it.
+    """
+    taken = "" if argument is not None or model is None else f": '{model:.80}' was taken for the model"
     if argument is not None and argument != "-":
         text = clean(argument)
     elif argument is None and sys.stdin.isatty():
-        raise UsageError("there is no prompt", hint="give one after the model, or pipe one in")
+        raise UsageError(f"there is no prompt{taken}", hint="give one after the model, or pipe one in")
     else:
         data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
         if len(data) > _LONGEST_PROMPT:
             raise InputError(f"the prompt is longer than {output.bytes_text(_LONGEST_PROMPT)}", path="standard input")
         text = data.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")
     if not text:
-        raise InputError("the prompt is empty", hint="give one after the model, or pipe one in")
+        raise InputError(f"the prompt is empty{taken}", hint="give one after the model, or pipe one in")
     return text
 
 

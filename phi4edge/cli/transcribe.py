@@ -28,7 +28,7 @@ from phi4edge.cli.progress import ProgressBar
 from phi4edge.cli.run import clean
 from phi4edge.cli.words import model_and_file
 from phi4edge.embedded import model_path
-from phi4edge.errors import Cancelled, Phi4EdgeError, UsageError
+from phi4edge.errors import Cancelled, InputError, Phi4EdgeError, UsageError
 
 if TYPE_CHECKING:
     from phi4edge.generation import GenerationConfig
@@ -103,7 +103,7 @@ def transcribe(
     path = model_path(model)
     try:
         prompt, task = _task(hearing)
-        require_encoders(path, {"audio": ""})
+        _require_hearing(path)
         recording = _read(file, hearing.splitter)
     except UsageError as error:
         raise named_as_option(error, asdict(hearing)) from None
@@ -130,6 +130,17 @@ def _task(hearing: Hearing) -> tuple[str, dict[str, str | None]]:
     language = None if hearing.translate_to is None else language_name(hearing.translate_to)
     task = "custom" if own is not None else "transcribe" if language is None else "translate"
     return prompt, {"task": task, "language": language, "prompt": prompt}
+
+
+def _require_hearing(path: str) -> None:
+    """InputError, with the path, for a model that does not hear: it may well be the recording, in the wrong place."""
+    try:
+        require_encoders(path, {"audio": ""})
+    except InputError as error:
+        if error.path:
+            raise
+        hint = f"the first of two words is the model; {error.hint}"
+        raise InputError(error.problem, path=path, hint=hint) from error
 
 
 def _read(file: str, splitter: str | None) -> Recording:

@@ -35,11 +35,16 @@ def model_and_prompt(first: str | None, second: str | None) -> tuple[str | None,
 
 def model_and_file(first: str | None, second: str | None) -> tuple[str | None, str]:
     """The words of ``transcribe [MODEL] FILE``.  UsageError when the file was left out."""
-    if second is not None:
-        return first, second
-    if first is None or first.endswith(_SUFFIX) or os.path.isdir(first):  # noqa: PTH112 - any text is no error
+    model, file = (first, second) if second is not None or first is None or _is_model(first) else (None, first)
+    if not file:
         raise UsageError("Missing argument 'FILE'", hint="try 'phi4edge transcribe --help'")
-    return None, first
+    return model, file
+
+
+def _is_model(word: str) -> bool:
+    """Whether a word is no recording, but a model: a directory, a name of one, or the embedded one's."""
+    is_directory = os.path.isdir(word)  # noqa: PTH112 - any text is no error
+    return is_directory or word.endswith(_SUFFIX) or (word == NAME and not os.path.lexists(word))
 
 
 def _is_name(text: str) -> bool:
@@ -48,5 +53,8 @@ def _is_name(text: str) -> bool:
 
 def _hint(word: str) -> str:
     """How to ask the embedded model, unless the word is a path beyond doubt."""
-    is_path = word.endswith(_SUFFIX) or os.sep in word or "/" in word
-    return "" if is_path else f"for a question of one word name the model too: phi4edge run {NAME} {shlex.quote(word)}"
+    has_space = " " in word
+    if not has_space and (word.endswith(_SUFFIX) or os.sep in word or "/" in word):
+        return ""
+    question = "a question like this" if has_space else "a question of one word"
+    return f"for {question} name the model too: phi4edge run {NAME} {shlex.quote(word)}"

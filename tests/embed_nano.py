@@ -30,10 +30,16 @@ class Sample:
 
 # Items that nano answers rightly in 4 bits: the demo fails otherwise.
 SAMPLES = (
-    Sample("text00", "A question", "run"),
-    Sample("vision04", "An image", "run", {"image": "word.png"}),
-    Sample("speech14", "A recording", "transcribe", {"audio": "numbers.wav"}),
-    Sample("vision-speech05", "A spoken question about an image", "run", {"image": "shape.png", "audio": "ask.wav"}),
+    Sample("text20", "A question", "run"),
+    Sample("vision18", "An image", "run", {"image": "word.png"}),
+    Sample("speech06", "A recording", "transcribe", {"audio": "numbers.wav"}),
+    Sample(
+        "vision-speech05",
+        "A spoken question about an image",
+        "run",
+        {"image": "shape.png", "audio": "ask.wav"},
+        spoken="describe the image",
+    ),
 )
 
 

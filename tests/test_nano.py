@@ -108,7 +108,7 @@ def test_interleaved_conversations_with_different_adapters_do_not_change_each_ot
 
 # Type of the backbone -> the least share of right answers, and the largest mean divergence from float32 in nats; about
 # three times what was measured.  Adapters in Q8_0 and encoders in int8, as `convert` makes them.
-QUALITY = {"q8_0": (1.0, 5e-5), "q4_k_m": (0.96, 3e-3), "q3_k_m": (0.96, 3e-3), "q2_k": (0.92, 5e-3)}
+QUALITY = {"q8_0": (0.97, 7e-5), "q4_k_m": (0.96, 3e-3), "q3_k_m": (0.96, 3e-3), "q2_k": (0.92, 5e-3)}
 
 
 @pytest.fixture(scope="module")

@@ -87,9 +87,9 @@ def answers(checkpoint: Checkpoint, family: str, work: Path, share: float = 1.0)
     if family == "text":
         for task in texts.TASKS:
             items = new_texts(random, task, max(1, round(_TALKS * share)), set())
-            examples = [tokens.example(item, last_only=True) for item in items]
-            for right in answer_loss(network, tokens, examples)[1].float().tolist():
-                yield task, right
+            for item in items:
+                right = answer_loss(network, tokens, [tokens.example(item, last_only=True)])[1]
+                yield task, float(right.item())
     elif family == "vision":
         for kind, sizes in pictures.typical_sizes(TEST).items():
             for task in pictures.TASKS:

@@ -122,7 +122,7 @@ def write(folder: Path, name: str, counts: dict[str, int], known: set[str], comp
 
 def _save_image(stem: Path, image: Image.Image, compressed: bool) -> str:
     path = stem.with_suffix(".jpg" if compressed else ".png")
-    image.save(path, quality=92) if compressed else image.save(path, optimize=True)
+    image.save(path, quality=75) if compressed else image.save(path, optimize=True)
     return path.name
 
 

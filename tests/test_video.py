@@ -173,6 +173,7 @@ def test_all_kinds_of_pixels_become_rgb(pixels: str) -> None:
 
 @pytest.mark.parametrize("name", ["gif", "png"])
 def test_animations_are_shown_on_white(name: str) -> None:
+    require("av")
     pictures = [Image.new("RGBA", (20, 10), (0, 0, 200, 0)) for k in range(4)]
     for k, picture in enumerate(pictures):
         picture.paste((60 * k, 90, 9, 255), (0, 0, 5, 5))

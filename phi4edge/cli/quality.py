@@ -141,7 +141,7 @@ def bench_quality(options: Quality, runtime: Runtime, *, as_json: bool) -> None:
         plot = Plot(options.plot)
     folder = nano_folder() if options.quality == _NANO else Path(options.quality or "")
     items = [item for file in item_files(folder) for item in read_items(file)]
-    document = _Bench(folder, some_of(items, options.items), runtime).run(chosen)
+    document = _Bench(options.quality or "", folder, some_of(items, options.items), runtime).run(chosen)
     show(document, plot, as_json=as_json)
 
 
@@ -177,6 +177,7 @@ def _checked_bits(bits: Sequence[int] | None) -> list[int]:
 class _Bench:
     """All variants of one checkpoint."""
 
+    source: str  # as it was asked for
     folder: Path
     items: list[Item]
     runtime: Runtime
@@ -200,7 +201,7 @@ class _Bench:
         with closing(ProgressBar("Asking")) as self.bar:
             results = [self._variant(variant) for variant in chosen]
         return {
-            "quality": str(self.folder),
+            "quality": self.source,
             "version": phi4edge.__version__,
             "cpu": machine.cpu_name(),
             "isa": self.isa,

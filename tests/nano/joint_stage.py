@@ -104,7 +104,7 @@ def run(stage: Stage, tokens: Tokens) -> None:
     if stage.rank == 0:
         round_to_bfloat16(network)
         stage.log("watched, in bfloat16:", watch())
-        part = {name: value for name, value in base_state(network).items() if name.startswith((IMAGE_PART, *_BRANCH))}
+        part = base_state(network, (IMAGE_PART, *_BRANCH))
         finish(stage, {"network": part, "vision": adapter_state(network, "vision")})
 
 

@@ -117,9 +117,10 @@ def _grid_positions(n: int, width: int) -> Tensor:
 # Weights by name, in which the wrappers that PEFT puts around adapted matrices do not show.
 
 
-def base_state(network: Any) -> State:
+def base_state(network: Any, parts: tuple[str, ...]) -> State:
+    """Without adapters: the weights whose names begin with one of the parts."""
     plain = {name.replace(".base_layer.", "."): value for name, value in network.state_dict().items()}
-    return {name: value for name, value in plain.items() if ".lora_" not in name and name != "lm_head.weight"}
+    return {name: value for name, value in plain.items() if ".lora_" not in name and name.startswith(parts)}
 
 
 def adapter_state(network: Any, adapter: str) -> State:

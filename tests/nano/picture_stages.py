@@ -85,7 +85,7 @@ def pretrain(stage: Stage, tokens: Tokens) -> None:
     train_only(network, [IMAGE_PART])
     stage.modules |= {"network": network, "heads": heads}
     train(stage, lambda step: patch_loss(network, heads, stage.random(step), 64), dict)
-    part = {name: value for name, value in base_state(network).items() if name.startswith(IMAGE_PART)}
+    part = base_state(network, (IMAGE_PART,))
     finish(stage, {"network": part, "heads": heads.state_dict()})
 
 
@@ -165,5 +165,5 @@ def questions(stage: Stage, tokens: Tokens) -> None:
     stage.modules |= {"network": network, "heads": heads}
     train(stage, lambda step: question_loss(stage, network, tokens, heads, step), watcher(network, tokens))
     round_to_bfloat16(network)
-    part = {name: value for name, value in base_state(network).items() if name.startswith(IMAGE_PART)}
+    part = base_state(network, (IMAGE_PART,))
     finish(stage, {"network": part, "heads": heads.state_dict(), "vision": adapter_state(network, "vision")})

@@ -97,7 +97,7 @@ def pretrain(stage: Stage, tokens: Tokens) -> None:
         }
 
     train(stage, loss_of, dict)
-    part = {name: value for name, value in base_state(network).items() if name.startswith(AUDIO_PART)}
+    part = base_state(network, (AUDIO_PART,))
     finish(stage, {"network": part, "heads": heads.state_dict()})
 
 
@@ -141,7 +141,7 @@ def questions(stage: Stage, tokens: Tokens) -> None:
 
     train(stage, loss_of, watch)
     round_to_bfloat16(network)
-    part = {name: value for name, value in base_state(network).items() if name.startswith(AUDIO_PART)}
+    part = base_state(network, (AUDIO_PART,))
     finish(stage, {"network": part, "speech": adapter_state(network, "speech")})
 
 

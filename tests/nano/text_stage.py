@@ -54,8 +54,7 @@ def run(stage: Stage, tokens: Tokens) -> None:
     train(stage, loss_of, watch)
     round_to_bfloat16(network)
     stage.log("watched, in bfloat16:", watch())
-    state = base_state(network)
-    finish(stage, {name: value for name, value in state.items() if name.startswith(DECODER_PARTS)})
+    finish(stage, base_state(network, DECODER_PARTS))
 
 
 def _batches(random: Random, tokens: Tokens) -> list[Any]:

@@ -10,33 +10,37 @@ namespace phi4edge {
 namespace {
 
 int64_t super_blocks(int64_t n_columns) { return (n_columns + kSuperBlock - 1) / kSuperBlock; }
+size_t scales_of(int kind) { return kind == int(ActivationScale::kFor256) ? 1 : kSuperBlock / 32; }
 
 }  // namespace
 
 ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
   const size_t n = size_t(max_tokens) * size_t(super_blocks(max_columns));
-  codes_ = allocate_aligned<int8_t>(n * kSuperBlock, "activations");
-  shifts_ = allocate_aligned<int32_t>(n * 16, "activations");
-  neg_sums_ = allocate_aligned<int32_t>(n * 16, "activations");
-  neg_sums32_ = allocate_aligned<float>(n * 8, "activations");
-  scales_ = allocate_aligned<float>(n * 8, "activations");
+  for (int kind = 0; kind < kActivationScaleCount; ++kind) {
+    Arrays& arrays = arrays_[kind];
+    arrays.codes = allocate_aligned<int8_t>(n * kSuperBlock, "activations");
+    arrays.scales = allocate_aligned<float>(n * scales_of(kind), "activations");
+    arrays.shifts = allocate_aligned<int32_t>(n * 16, "activations");
+    arrays.neg_sums = allocate_aligned<int32_t>(n * 16, "activations");
+    arrays.neg_sums32 = allocate_aligned<float>(n * 8, "activations");
+  }
+}
+
+QuantizedActivations ActivationBuffer::at(int kind, int64_t at) const {
+  const Arrays& arrays = arrays_[kind];
+  return {arrays.codes.get() + at * kSuperBlock, arrays.scales.get() + at * int64_t(scales_of(kind)),
+          arrays.shifts.get() + at * 16, arrays.neg_sums.get() + at * 16, arrays.neg_sums32.get() + at * 8};
 }
 
 void ActivationBuffer::quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels) {
-  kernels.quantize(x, n_columns, n_tokens,
-                   {codes_.get() + at * kSuperBlock, scales_.get() + at * 8, shifts_.get() + at * 16, neg_sums_.get() + at * 16,
-                    neg_sums32_.get() + at * 8});
+  for (int kind = 0; kind < kActivationScaleCount; ++kind) kernels.quantize[kind](x, n_columns, n_tokens, this->at(kind, at));
 }
 
 Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const {
   Activations x;
   x.n_tokens = n_tokens;
   x.n_columns = n_columns;
-  x.codes = codes_.get();
-  x.shifts = shifts_.get();
-  x.neg_sums = neg_sums_.get();
-  x.neg_sums32 = neg_sums32_.get();
-  x.scales = scales_.get();
+  for (int kind = 0; kind < kActivationScaleCount; ++kind) x.quantized[kind] = at(kind, 0);
   x.values = values;
   x.value_stride = value_stride;
   return x;

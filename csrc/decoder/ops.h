@@ -62,9 +62,14 @@ class ActivationBuffer {
   Activations view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const;
 
  private:
-  AlignedArray<int8_t> codes_;
-  AlignedArray<int32_t> shifts_, neg_sums_;
-  AlignedArray<float> scales_, neg_sums32_;
+  struct Arrays {
+    AlignedArray<int8_t> codes;
+    AlignedArray<int32_t> shifts, neg_sums;
+    AlignedArray<float> scales, neg_sums32;
+  };
+  QuantizedActivations at(int kind, int64_t at) const;
+
+  Arrays arrays_[kActivationScaleCount];
 };
 
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.

@@ -90,56 +90,64 @@ void to_q8(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales) {
   }
 }
 
-// 32 values to codes.  What is not finite makes the scale NaN, and so reaches the logits, where it is noticed.
-PHI4EDGE_INLINE void quantize32(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
-                                float& neg_sum32) {
-  constexpr int32_t kInfinity = 0x7f800000, kNan = 0x7fc00000, kTiny = 0x0da24260;  // kTiny: 1e-30, its reciprocal is finite
-  const int32_t bits16[2] = {largest16(in), largest16(in + 16)};
-  const int32_t bits32 = bits16[0] > bits16[1] ? bits16[0] : bits16[1];
-  if (bits32 < kTiny || bits32 >= kInfinity) {
-    const int32_t bits = bits32 < kTiny ? 0 : kNan;
-    std::memset(codes, 0, 32);
-    std::memcpy(&scale, &bits, 4);
-    neg_sum32 = scale;
-    shifts[0] = shifts[1] = 0, neg_sums[0] = neg_sums[1] = 0;
+// N values, 32 or 256, to codes with one scale.  What is not finite makes the scale NaN, and so reaches the logits, where it is
+// noticed.
+template <int N>
+PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
+                                    float* neg_sums32) {
+  constexpr int32_t kInfinity = 0x7f800000, kTiny = 0x0da24260;  // kTiny: 1e-30, its reciprocal is finite
+  int32_t bits16[N / 16], bits = 0;
+  for (int i = 0; i < N / 16; ++i) {
+    bits16[i] = largest16(in + 16 * i);
+    bits = bits > bits16[i] ? bits : bits16[i];
+  }
+  if (bits < kTiny || bits >= kInfinity) {
+    scale = bits < kTiny ? 0.0f : __builtin_nanf("");
+    std::memset(codes, 0, N);
+    for (int i = 0; i < N / 16; ++i) shifts[i] = neg_sums[i] = 0;
+    for (int i = 0; i < N / 32; ++i) neg_sums32[i] = 0;
     return;
   }
-  float max32;
-  std::memcpy(&max32, &bits32, 4);
-  const float inverse = 127.0f / max32;
-  int32_t sum32 = 0;
-  for (int half = 0; half < 2; ++half) {
-    const int ratio = (bits32 - bits16[half]) >> 23;  // floor(log2(max32 / max16))
-    const int e = ratio < 7 ? ratio : 7;
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const float inverse = 127.0f / largest;
+  for (int i = 0; i < N / 16; ++i) {
+    const int ratio = (bits - bits16[i]) >> 23;  // floor(log2(largest / largest of the sixteen))
+    const int e = ratio < kMaxShift ? ratio : kMaxShift;
     const auto factor = V::set1(inverse * float(1 << e));
     auto sum = V::set1(0);
-    for (int i = 16 * half; i < 16 * half + 16; i += V::kRows) {
-      const auto q = V::round(V::mul(V::load(in + i), factor));
-      V::store_codes(codes + i, q);
+    for (int at = 16 * i; at < 16 * i + 16; at += V::kRows) {
+      const auto q = V::round(V::mul(V::load(in + at), factor));
+      V::store_codes(codes + at, q);
       sum = V::add(sum, q);
     }
-    shifts[half] = 7 - e;
-    neg_sums[half] = -V::reduce_sum(sum);
-    sum32 += neg_sums[half] * (1 << shifts[half]);
+    shifts[i] = kMaxShift - e;
+    neg_sums[i] = -V::reduce_sum(sum);
   }
-  scale = max32 * (1.0f / (127.0f * 128.0f));
-  neg_sum32 = float(sum32) * scale;
+  scale = largest * (1.0f / (127.0f * float(1 << kMaxShift)));
+  for (int i = 0; i < N / 32; ++i) {
+    const int32_t sum = neg_sums[2 * i] * (1 << shifts[2 * i]) + neg_sums[2 * i + 1] * (1 << shifts[2 * i + 1]);
+    neg_sums32[i] = N == 32 ? float(sum) * scale : float(sum);
+  }
 }
 
-void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const MutableActivations& out) {
+template <int N>
+void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const QuantizedActivations& out) {
+  constexpr int kBlocks = kSuperBlock / N;  // each with a scale
   const int64_t n_super = (n_columns + kSuperBlock - 1) / kSuperBlock;
   for (int64_t sb = 0; sb < n_super; ++sb) {
-    const int64_t at = sb * n_tokens;
-    for (int j = 0; j < 8; ++j) {
-      const int64_t first = sb * kSuperBlock + 32 * j, n_left = n_columns - first;
-      alignas(64) float padded[32] = {};
-      const float* in = x + first;
-      if (n_left < 32) {  // beyond the last column
-        if (n_left > 0) std::memcpy(padded, in, size_t(n_left) * sizeof(float));
-        in = padded;
-      }
-      quantize32(in, out.codes + at * kSuperBlock + 32 * j, out.scales[at * 8 + j], out.shifts + at * 16 + 2 * j,
-                 out.neg_sums + at * 16 + 2 * j, out.neg_sums32[at * 8 + j]);
+    const int64_t at = sb * n_tokens, n_left = n_columns - sb * kSuperBlock;
+    alignas(64) float padded[kSuperBlock];
+    const float* in = x + sb * kSuperBlock;
+    if (n_left < kSuperBlock) {  // zeros beyond the last column
+      std::memcpy(padded, in, size_t(n_left) * sizeof(float));
+      std::memset(padded + n_left, 0, size_t(kSuperBlock - n_left) * sizeof(float));
+      in = padded;
+    }
+    for (int i = 0; i < kBlocks; ++i) {
+      quantize_block<N>(in + N * i, out.codes + at * kSuperBlock + N * i, out.scales[at * kBlocks + i],
+                        out.shifts + at * 16 + N / 16 * i, out.neg_sums + at * 16 + N / 16 * i,
+                        out.neg_sums32 + at * 8 + N / 32 * i);
     }
   }
 }

@@ -2,15 +2,18 @@
 // unnamed namespace; everything here has internal linkage, since the linker would otherwise keep one copy of a function for
 // the whole program, perhaps the one compiled for AVX-512.
 //
-// V has kRows 32-bit lanes (rows of a panel, or keys, or dims), kTileParts registers x kTileTokens tokens in a tile, and
+// V has kRows 32-bit lanes (rows of a panel, or keys, or dims), kTileParts registers x kTileTokens tokens in a tile,
+// kDirectTokens tokens at a time where few are computed, and
 //   Bytes (4 codes a lane), Ints, Floats
 //   load_bytes  store_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
+//   multiply_bytes(bytes, ints, n): each byte of a lane by the lane's integer, minus that integer << n (n < 0: not), modulo 256
+//   multiply16(a, b), of integers of 16 bits; the upper half of b is zero
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones
-//   load_ints  load_u16  load_i8  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left  shift_left_by(ints, pointer
-//   to the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8) load  store  load_half  store_half  set1(float)
-//   mul  add  sub  fma  max (the second one if either is NaN)  div to_float  round  as_floats  as_ints  magnitude_bits
-//   reduce_max  reduce_sum
+//   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left
+//   shift_left_by(ints, pointer to the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8) load  store
+//   load_half  store_half  set1(float) mul  add  sub  fma  max (the second one if either is NaN)  div to_float  round as_floats
+//   as_ints  magnitude_bits reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -37,7 +40,7 @@ PHI4EDGE_INLINE void unroll(Body&& body) {
 
 constexpr int kGroups = 8;                     // of 4 columns in 32
 constexpr int kParts = kPanelRows / V::kRows;  // registers that cover the rows of a panel
-constexpr int64_t kPrefetchBytes = 5 * 1024;   // ahead of the codes in use while decoding
+constexpr int64_t kPrefetchBytes = 16 * 1024;  // ahead of what is in use while decoding
 
 }  // namespace
 }  // namespace phi4edge
@@ -54,7 +57,7 @@ namespace phi4edge {
 namespace {
 
 size_t matmul_scratch_bytes(int64_t n_tokens) {
-  return kGroupParts * sizeof(Expanded) + size_t(n_tokens) * kGroupPanels * kPanelRows * sizeof(float);
+  return kGroupParts * ((kMaxExpandedBytes + 63) / 64 * 64) + size_t(n_tokens) * kGroupPanels * kPanelRows * sizeof(float);
 }
 
 size_t attention_scratch_bytes(int n_queries, int value_dim) {
@@ -73,7 +76,8 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   PHI4EDGE_QUANTIZED_FORMATS(X)
 #undef X
   table.quantize_row = quantize_row;
-  table.quantize = quantize;
+  table.quantize[int(ActivationScale::kFor32)] = quantize<32>;
+  table.quantize[int(ActivationScale::kFor256)] = quantize<kSuperBlock>;
   table.attention[int(KvType::kF16)] = attention<NumberCache<F16>>;
   table.attention[int(KvType::kF32)] = attention<NumberCache<F32>>;
   table.attention[int(KvType::kQ8_0)] = attention<BlockCache>;

@@ -11,26 +11,31 @@
 
 namespace phi4edge {
 
-// Quantised activations: int8 codes with one float scale for 32 values and a power-of-two exponent e for 16 of them, so that
-// one large value coarsens only its 15 neighbours:  x = scale * (code << shift),  shift = 7 - e,  e = 0 .. 7
+// Quantised activations: int8 codes with a power-of-two exponent e for 16 of them, so that one large value coarsens only its 15
+// neighbours, and one float scale for as many columns as a block of the weights has, 32 or 256:
+//   x = scale * (code << shift),  shift = kMaxShift - e,  e = 0 .. kMaxShift
+// With a scale for 32 they are finer by a quarter, and weights of 8 bits are fine enough to show that.  With one for 256 a
+// product over all of them stays an integer until the weights' scales come in, which is faster.
 // All arrays are [super-block][token], so that a tile of tokens is one forward stream.
-struct Activations {
-  int64_t n_tokens = 0;               // tokens laid out, the stride of the arrays
-  int64_t n_columns = 0;              // of the matrix they meet; codes beyond it are zero
-  const int8_t* codes = nullptr;      // [.][.][256], -127 .. 127
-  const float* scales = nullptr;      // [.][.][8]
-  const int32_t* shifts = nullptr;    // [.][.][16]
-  const int32_t* neg_sums = nullptr;  // [.][.][16]: minus the sum of 16 codes
-  const float* neg_sums32 = nullptr;  // [.][.][8]: minus the sum of 32 values x
-  const float* values = nullptr;      // the same activations as floats, for float weights
-  int64_t value_stride = 0;           // from token to token
+struct QuantizedActivations {
+  int8_t* codes = nullptr;      // [.][.][256], -127 .. 127; zero beyond the last column
+  float* scales = nullptr;      // [.][.][8], or [.][.][1]
+  int32_t* shifts = nullptr;    // [.][.][16]
+  int32_t* neg_sums = nullptr;  // [.][.][16]: minus the sum of 16 codes
+  float* neg_sums32 = nullptr;  // [.][.][8]: minus the sum of 32 values, of code << shift where the scale is for 256
 };
+inline constexpr int kMaxShift = 9;  // 256 products of a signed byte with 127, shifted, are within 32 bits
+static_assert((int64_t(kSuperBlock) * 128 * 127 << kMaxShift) < INT32_MAX);
 
-struct MutableActivations {
-  int8_t* codes;
-  float* scales;
-  int32_t *shifts, *neg_sums;
-  float* neg_sums32;
+enum class ActivationScale : int { kFor32, kFor256 };
+inline constexpr int kActivationScaleCount = 2;
+
+struct Activations {
+  int64_t n_tokens = 0;   // tokens laid out, the stride of the arrays
+  int64_t n_columns = 0;  // of the matrix they meet
+  QuantizedActivations quantized[kActivationScaleCount];
+  const float* values = nullptr;  // the same activations as floats, for float weights
+  int64_t value_stride = 0;       // from token to token
 };
 
 // Output rows [0, n_rows) of `panels` for tokens [0, n_tokens) of x:  out[token * out_stride + row] is set, or
@@ -83,7 +88,7 @@ struct KernelTable {
   void (*matmul[kFormatCount])(const MatmulTask& task);
   const QuantizeRow* quantize_row;  // [kFormatCount]: weights to file blocks; null for float formats
   // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
-  void (*quantize)(const float* x, int64_t n_columns, int64_t n_tokens, const MutableActivations& out);
+  void (*quantize[kActivationScaleCount])(const float* x, int64_t n_columns, int64_t n_tokens, const QuantizedActivations& out);
   void (*attention[kKvTypeCount])(const AttentionTask& task);
   void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);
   void (*to_half)(const float* x, int64_t n_values, uint16_t* out);

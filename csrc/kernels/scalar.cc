@@ -11,7 +11,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 1, kTileParts = 1, kTileTokens = 4;
+  static constexpr int kRows = 1, kTileParts = 1, kTileTokens = 4, kDirectTokens = 4;
   static constexpr int kSignedBiasBits = -1;
   using Bytes = uint32_t;  // four codes
   using Ints = int32_t;
@@ -49,7 +49,16 @@ struct V {
     return sum;
   }
 
-  static Ints load_ints(const uint8_t* p) { return read<int32_t>(p); }
+  static Bytes multiply_bytes(Bytes bytes, Ints factor, int offset_bits) {
+    const uint32_t f = uint32_t(factor), offset = offset_bits < 0 ? 0 : f << offset_bits;
+    uint32_t out = 0;
+    for (int b = 0; b < 32; b += 8) out |= (((bytes >> b & 0xff) * f - offset) & 0xff) << b;
+    return out;
+  }
+  static Ints multiply16(Ints a, Ints b) { return a * int16_t(b); }
+
+  static Ints load_ints(const void* p) { return read<int32_t>(p); }
+  static void store_ints(int32_t* p, Ints v) { *p = v; }
   static Ints load_u16(const void* p) { return read<uint16_t>(p); }
   static Ints load_i8(const void* p) { return read<int8_t>(p); }
   static Ints set1(int32_t v) { return v; }
@@ -58,6 +67,7 @@ struct V {
   static Ints shift_left(Ints v, int n) { return int32_t(uint32_t(v) << n); }
   static Ints shift_left_by(Ints v, const int32_t* n) { return shift_left(v, *n); }
   static Ints add(Ints a, Ints b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+  static Ints sub(Ints a, Ints b) { return int32_t(uint32_t(a) - uint32_t(b)); }
   static Ints max(Ints a, Ints b) { return a > b ? a : b; }
   static int32_t reduce_max(Ints v) { return v; }
   static int32_t reduce_sum(Ints v) { return v; }

@@ -9,7 +9,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 8, kTileParts = 2, kTileTokens = 2;
+  static constexpr int kRows = 8, kTileParts = 2, kTileTokens = 2, kDirectTokens = 4;
   static constexpr int kSignedBiasBits = -1;  // vpsignb moves the sign to the activation instead
   struct Bytes {
     __m256i v;
@@ -50,7 +50,20 @@ struct V {
   }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, {_mm256_abs_epi8(w.v)}, {_mm256_sign_epi8(x.v, w.v)}); }
 
-  static Ints load_ints(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Bytes multiply_bytes(Bytes b, Ints factor, int offset_bits) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i f = _mm256_or_si256(factor.v, _mm256_slli_epi32(factor.v, 16));
+    const __m256i even = _mm256_mullo_epi16(_mm256_and_si256(b.v, low), f);
+    const __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(b.v, 8), f);
+    const __m256i product = _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+    if (offset_bits < 0) return {product};
+    const __m256i offset = _mm256_and_si256(_mm256_slli_epi16(f, offset_bits), low);
+    return {_mm256_sub_epi8(product, _mm256_or_si256(offset, _mm256_slli_epi16(offset, 8)))};
+  }
+  static Ints multiply16(Ints a, Ints b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+
+  static Ints load_ints(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  static void store_ints(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.v); }
   static Ints load_u16(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static Ints load_i8(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
   static Ints set1(int32_t v) { return {_mm256_set1_epi32(v)}; }
@@ -61,6 +74,7 @@ struct V {
   static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static Ints sub(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
   static Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
   static int32_t reduce_max(Ints v) {
     const __m128i a = _mm_max_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));

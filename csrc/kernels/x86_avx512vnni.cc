@@ -9,7 +9,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 4;
+  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 4, kDirectTokens = 8;
   static constexpr int kSignedBiasBits = 7;  // vpdpbusd wants unsigned weights: signed codes plus 128
   struct Bytes {
     __m512i v;
@@ -47,7 +47,20 @@ struct V {
   static Ints dot(Ints sum, Bytes w, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, w, x); }
 
-  static Ints load_ints(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Bytes multiply_bytes(Bytes b, Ints factor, int offset_bits) {
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i f = _mm512_or_si512(factor.v, _mm512_slli_epi32(factor.v, 16));
+    const __m512i even = _mm512_mullo_epi16(_mm512_and_si512(b.v, low), f);
+    const __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(b.v, 8), f);
+    const __m512i product = _mm512_or_si512(_mm512_and_si512(even, low), _mm512_slli_epi16(odd, 8));
+    if (offset_bits < 0) return {product};
+    const __m512i offset = _mm512_and_si512(_mm512_slli_epi16(f, unsigned(offset_bits)), low);
+    return {_mm512_sub_epi8(product, _mm512_or_si512(offset, _mm512_slli_epi16(offset, 8)))};
+  }
+  static Ints multiply16(Ints a, Ints b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+
+  static Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v.v); }
   static Ints load_u16(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
   static Ints load_i8(const void* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static Ints set1(int32_t v) { return {_mm512_set1_epi32(v)}; }
@@ -58,6 +71,7 @@ struct V {
   static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static Ints sub(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
   static int32_t reduce_max(Ints v) { return _mm512_reduce_max_epi32(v.v); }
   static int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v.v); }

@@ -43,17 +43,21 @@ struct Q3_K {
     for (int line = 0; line < 3; ++line) std::memcpy(area + line * kLineBytes + 4 * row, block.packed + 4 * line, 4);
     reinterpret_cast<Half*>(area + 3 * kLineBytes)[row] = block.scale;
   }
-  template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    const auto d = V::load_half(area + 3 * kLineBytes + 2 * row);
-    const auto top = V::load_ints(area + 2 * kLineBytes + 4 * row);
-    for (int j = 0; j < 16; ++j) {
-      const auto line = V::load_ints(area + j / 4 % 2 * kLineBytes + 4 * row);
-      const auto low = V::field(line, 8 * (j % 4) + j / 8 * 4, 15);
-      const auto s = V::or_(low, V::shift_left(V::field(top, 8 * (j % 4) + j / 4 * 2, 3), 4));
-      V::store(scale + j * V::kRows, V::mul(d, V::to_float(V::add(s, V::set1(-32)))));
+  // (q - 4) * (32 - s) is -128 .. 124; with s - 32 it could be 128.
+  struct IntegerScales {
+    static constexpr bool kSigned = true;
+    template <class V>
+    static void load(const uint8_t* area, int row, int32_t* factor, float* scale, float*) {
+      V::store(scale, V::sub(V::set1(0.0f), V::load_half(area + 3 * kLineBytes + 2 * row)));
+      const auto top = V::load_ints(area + 2 * kLineBytes + 4 * row);
+      for (int j = 0; j < 16; ++j) {
+        const auto line = V::load_ints(area + j / 4 % 2 * kLineBytes + 4 * row);
+        const auto low = V::field(line, 8 * (j % 4) + j / 8 * 4, 15);
+        const auto s = V::or_(low, V::shift_left(V::field(top, 8 * (j % 4) + j / 4 * 2, 3), 4));
+        V::store_ints(factor + j * V::kRows, V::field(V::sub(V::set1(32), s), 0, 0xffff));
+      }
     }
-  }
+  };
 };
 
 }  // namespace phi4edge

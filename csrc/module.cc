@@ -20,6 +20,7 @@
 #include "decoder/adapter.h"
 #include "decoder/config.h"
 #include "decoder/decoder.h"
+#include "decoder/kernel_speed.h"
 #include "decoder/memory.h"
 #include "decoder/multiply.h"
 #include "decoder/sampler.h"
@@ -329,6 +330,9 @@ void bind_kernels(py::module_& m) {
         "Floats [n_rows, n_columns] to file blocks, uint8[n_rows, row_bytes], with the least importance[column] * error^2.");
   m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
         py::call_guard<WithoutInterpreter>());
+  m.def("int8_peak", &int8_peak, "isa"_a, "n_threads"_a, "seconds"_a,
+        "Operations per second of the int8 dot product that the kernels use; an empty isa is the one that they take.",
+        py::call_guard<WithoutInterpreter>());
 
   py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
   py::class_<PanelMatrix>(m, "PackedMatrix", "Weights as the kernels read them; for tests and benchmarks.")
@@ -357,7 +361,19 @@ void bind_kernels(py::module_& m) {
             if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
             return out;
           },
-          "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].");
+          "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].")
+      .def(
+          "time_multiply",
+          [](const PanelMatrix& matrix, const FloatArray& x, ThreadPool& pool, int64_t n_repeats, int64_t n_copies,
+             const std::string& isa) {
+            expect_matrix(x, matrix.n_columns);
+            const float* from = x.data();
+            const int64_t n_tokens = x.shape(0);
+            const WithoutInterpreter unlocked;
+            return time_multiply(matrix, from, n_tokens, n_repeats, n_copies, pool, isa);
+          },
+          "x"_a, "pool"_a, "n_repeats"_a, "n_copies"_a = 1, "isa"_a = "",
+          "Seconds of each of n_repeats products with x [n, columns]; they take n_copies of the matrix in turn.");
 }
 
 // --- Decoder ---

@@ -476,6 +476,14 @@ py::dict input_squares(Session& session) {
   return dict;
 }
 
+py::dict profile(Session& session) {
+  py::dict dict;
+  for (const OperationTotal& total : session.profile()) {
+    dict[total.name] = py::make_tuple(total.seconds, total.n_bytes, total.operations);
+  }
+  return dict;
+}
+
 void bind_decoder(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights in memory, shared by sessions.")
       .def(py::init([](const gguf::File& file, int n_threads, const std::string& isa, const py::object& progress) {
@@ -570,6 +578,10 @@ void bind_decoder(py::module_& m) {
       .def("input_squares", &input_squares,
            "For each weight matrix by its GGUF name: the sums over tokens of its squared inputs, float64[n_columns], and the "
            "number of tokens.")
+      .def("collect_profile", &Session::collect_profile, "enabled"_a, "Starts at zero, or stops and forgets; see profile().")
+      .def("profile", &profile,
+           "For each operation of forward passes: seconds (the mean of the threads), bytes read of weights or of keys and "
+           "values, and arithmetic operations of matrix products. Empty while it is off.")
       .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
       .def_property_readonly("n_tokens", &Session::n_tokens)
       .def_property_readonly("n_context", &Session::n_context)

@@ -117,6 +117,11 @@ def read_bandwidth(n_threads: int, n_bytes: int, seconds: float) -> float:
     return _core.read_bandwidth(n_threads, n_bytes, seconds)
 
 
+def int8_peak(isa: str, n_threads: int, seconds: float) -> float:
+    """Operations per second, two for multiply and add, of the int8 dot product that the kernels of ``isa`` use."""
+    return _core.int8_peak(isa, n_threads, seconds)
+
+
 def _template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, placeholders: Mapping[str, str], path: str
 ) -> ChatTemplate:

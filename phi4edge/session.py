@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,14 @@ class Growth:
                 "available",
                 hint="shorten the conversation, or store keys and values in fewer bits (kv_type)",
             )
+
+
+class StepTotal(NamedTuple):
+    """What one step of all forward passes took, and had to do."""
+
+    seconds: float  # mean of the threads
+    n_bytes: int  # read of weights, or of keys and values
+    operations: int  # of matrix products; multiplying and adding are two
 
 
 class Session:
@@ -145,6 +153,14 @@ class Session:
 
     def clear(self) -> None:
         self.truncate(0)
+
+    def collect_profile(self, enabled: bool) -> None:
+        """Starts to measure where the time of ``extend`` goes, from zero; or stops, and forgets what was measured."""
+        self._core.collect_profile(enabled)
+
+    def profile(self) -> dict[str, StepTotal]:
+        """Steps by name, in the order of a forward pass; empty while none are collected."""
+        return {name: StepTotal(*total) for name, total in self._core.profile().items()}
 
     def use(self, adapter: _core.Adapter | None, scale: float = 1.0) -> None:
         """The adapter for the whole sequence, from the next ``extend`` on, which computes again what was without it."""

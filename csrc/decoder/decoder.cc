@@ -187,6 +187,16 @@ std::vector<InputSquares::Entry> Session::input_squares() {
   return squares_ ? squares_->entries() : std::vector<InputSquares::Entry>();
 }
 
+void Session::collect_profile(bool enabled) {
+  const OneAtATime guard(in_use_);
+  profile_ = enabled ? std::make_unique<Profile>(model_->pool().size()) : nullptr;
+}
+
+std::vector<OperationTotal> Session::profile() {
+  const OneAtATime guard(in_use_);
+  return profile_ ? profile_->totals() : std::vector<OperationTotal>();
+}
+
 void Session::truncate(int64_t n_tokens) {
   const OneAtATime guard(in_use_);
   if (n_tokens < 0 || n_tokens > this->n_tokens()) {
@@ -264,6 +274,7 @@ bool Session::should_stop() {
 
 void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) {
   const RopeConfig& rope = config().rope;
+  if (profile_) begin_profile(first, n, which);
   for (int64_t t = 0; t < n; ++t) {
     rope_angles(rope, cached_as_.long_factors, first + t, cosine_.get() + t * (rope.n_dims / 2),
                 sine_.get() + t * (rope.n_dims / 2));
@@ -271,14 +282,28 @@ void Session::forward(int64_t first, int64_t n, LogitsFor which, float* logits) 
   counters_.reset();
   model_->pool().run([&](int thread) {
     Worker worker{thread, model_->pool().size(), model_->pool().barrier(), counters_, thread_scratch_[size_t(thread)].get()};
+    worker.profile = profile_.get();
+    worker.done(Operation::kStart);
     embed(worker, first, n);
+    worker.done(Operation::kEmbed);
     for (int64_t layer = 0; layer < config().n_layers; ++layer) {
       if (!run_layer(worker, layer, first, n)) return;
     }
     if (which != LogitsFor::kNone) run_head(worker, n, which, logits);
   });
+  if (profile_) profile_->end_pass();
   if (progress_error_) std::rethrow_exception(std::exchange(progress_error_, nullptr));
   if (stop_) throw CancelledError();
+}
+
+void Session::begin_profile(int64_t first, int64_t n, LogitsFor which) {
+  const ModelConfig& c = config();
+  const PanelMatrix& table = model_->weights().embedding;
+  const int64_t n_seen = c.sliding_window > 0 ? std::min(first + n, c.sliding_window + n - 1) : first + n;
+  profile_->add_work(model_->weights(), adapter_.get(), n, which == LogitsFor::kAll ? n : which == LogitsFor::kLast ? 1 : 0);
+  profile_->add_bytes(Operation::kEmbed, uint64_t(n) * table.panel_bytes / kPanelRows);
+  profile_->add_bytes(Operation::kAttention, uint64_t(n_seen) * KvCache::bytes_per_token(c, cache_.type()));
+  profile_->begin_pass();
 }
 
 void Session::embed(Worker& worker, int64_t first, int64_t n) {
@@ -305,25 +330,31 @@ bool Session::run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n)
   if (layer == 0) worker.wait();  // for the embeddings
   if (worker.thread == 0 && should_stop()) stop_.store(true);
   normalize(worker, pending, w.attention_norm, 0, n);
+  worker.done(Operation::kNorm);
   worker.wait();
   if (stop_.load()) return false;  // written before the barrier: all threads leave together
   project(worker, layer, Product::kQkv, normed_.get(), n, qkv_.get());
   worker.wait();
   store_keys_and_values(worker, layer, first, n);
+  worker.done(Operation::kRopeAndStore);
   worker.wait();
   attend(worker, layer, first, n);
+  worker.done(Operation::kAttention);
   worker.wait();
   worker.share(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) activations_.quantize(attention_.get() + t * q_dim_, t, n, q_dim_, model_->kernels());
   });
+  worker.done(Operation::kAttention);
   worker.wait();
   project(worker, layer, Product::kAttentionOutput, attention_.get(), n, delta_.get());
   worker.wait();
   normalize(worker, delta_.get(), w.ffn_norm, 0, n);
+  worker.done(Operation::kNorm);
   worker.wait();
   project(worker, layer, Product::kGateUp, normed_.get(), n, gate_up_.get());
   worker.wait();
   multiply_gate(worker, n);
+  worker.done(Operation::kSilu);
   worker.wait();
   project(worker, layer, Product::kDown, ffn_.get(), n, delta_.get());
   worker.wait();
@@ -341,11 +372,16 @@ void Session::project(Worker& worker, int64_t layer, Product product, const floa
   const LowRankUpdate* update = adapter_ ? adapter_->update(layer, product) : nullptr;
 
   if (active_squares_) active_squares_->add(worker, active_squares_->at(layer, product), x, n);
-  if (update) low_rank_.multiply_a(worker, kernels, *update, input);
+  if (update) {
+    low_rank_.multiply_a(worker, kernels, *update, input);
+    worker.done(Operation::kAdapterA);
+  }
   matmul(worker, kernels, matrices, input, out, n_rows);
+  worker.done(operation_of(product));
   if (!update) return;
   worker.wait();
   low_rank_.add_b(worker, kernels, *update, n, adapter_scale_, out, n_rows);
+  worker.done(Operation::kAdapterB);
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of tokens first .. n - 1.
@@ -434,10 +470,12 @@ void Session::run_head(Worker& worker, int64_t n, LogitsFor which, float* logits
   const Weights& w = model_->weights();
   const int64_t first = which == LogitsFor::kLast ? n - 1 : 0;
   normalize(worker, delta_.get(), w.output_norm, first, n);
+  worker.done(Operation::kNorm);
   worker.wait();
   if (active_squares_) active_squares_->add(worker, active_squares_->at_head(), normed_.get(), n - first);
   matmul(worker, model_->kernels(), {&w.output_head(), 1},
          activations_.view(n - first, c.hidden_size, normed_.get(), c.hidden_size), logits, c.vocab_size);
+  worker.done(Operation::kHead);
 }
 
 }  // namespace phi4edge

@@ -18,6 +18,7 @@
 #include "decoder/low_rank.h"
 #include "decoder/memory.h"
 #include "decoder/ops.h"
+#include "decoder/profile.h"
 #include "decoder/weights.h"
 #include "kernels/kernels.h"
 
@@ -83,6 +84,10 @@ class Session {
   void collect_input_squares(bool enabled);
   std::vector<InputSquares::Entry> input_squares();  // empty before the first collect_input_squares(true)
 
+  // Starts to measure where the time of forward passes goes, from zero, or stops and forgets.
+  void collect_profile(bool enabled);
+  std::vector<OperationTotal> profile();  // in the order of kOperationNames; empty while it is off
+
   int64_t n_tokens() const { return int64_t(inputs_.size()); }
   int64_t n_context() const { return n_context_; }
   size_t kv_bytes() const { return cache_.n_bytes(); }
@@ -115,6 +120,7 @@ class Session {
   bool run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);  // false: told to stop
   void project(Worker& worker, int64_t layer, Product product, const float* x, int64_t n, float* out);
   void run_head(Worker& worker, int64_t n, LogitsFor which, float* logits);
+  void begin_profile(int64_t first, int64_t n, LogitsFor which);
   void embed(Worker& worker, int64_t first, int64_t n);
   void normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n);
   void store_keys_and_values(Worker& worker, int64_t layer, int64_t first, int64_t n);
@@ -145,6 +151,8 @@ class Session {
   std::unique_ptr<InputSquares> squares_;
   bool wants_squares_ = false;
   InputSquares* active_squares_ = nullptr;  // of this batch
+
+  std::unique_ptr<Profile> profile_;  // null: off
 
   std::atomic<bool> in_use_{false};
   std::atomic<bool> cancelled_{false};

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from phi4edge import machine
 
 BANDWIDTH_BYTES = 1 << 29  # larger than any last-level cache
 LIMIT_SECONDS = 0.5  # to measure each limit of the machine for
@@ -179,7 +180,7 @@ def serve(name: str, path: str, n_context: int, n_threads: int, kv_type: str) ->
         else:
             assert side is not None
             answer = dict(measure(side, request["n_prompt"], request["n_decode"], request.get("after", 0)))
-        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak_bytes"] = machine.peak_memory()
         print(json.dumps(answer), flush=True)
 
 

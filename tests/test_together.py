@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lora_files import merged, random_pairs, write_adapter
+from lora_files import PARTS, merged, random_pairs, write_adapter
 from phi4edge import _core
 from phi4edge.errors import Cancelled, InputError
 from reference import Reference, relative_difference
@@ -116,9 +116,8 @@ def test_logits_are_those_of_exact_arithmetic(options: dict[str, Any], models: P
 def adapters_of(path: Path, first_type: str = "Q8_0") -> list[Path]:
     """Of all matrices, of some of them, and of an odd rank; the latter two in F16."""
     found = []
-    for seed, (rank, parts) in enumerate([(32, None), (8, ["attn_qkv", "ffn_down"]), (7, None)]):
-        chosen = {} if parts is None else {"parts": parts}
-        pairs = random_pairs(path, rank, seed=seed, **chosen)
+    for seed, (rank, parts) in enumerate([(32, PARTS), (8, ("attn_qkv", "ffn_down")), (7, PARTS)]):
+        pairs = random_pairs(path, rank, seed=seed, parts=parts)
         kind = first_type if seed == 0 else "F16"
         file = path.with_name(f"{path.stem}.{seed}.{kind}.together.gguf")
         if not file.exists():

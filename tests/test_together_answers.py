@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from nano_items import items, theirs
 from phi4edge.errors import Cancelled, FileError, InputError, UsageError
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.quality_items import Item, families
+from processes import is_one_error_line, run
 
 ITEMS = items()
 STORY = "Once upon a time there was"  # the model does not know it, and goes on for long
@@ -267,3 +269,65 @@ def test_a_closed_model_says_so_in_the_place_of_every_request(nano_bundle: Path)
     assert [str(end) for end in ends[1:]] == ["the model was closed; load it again"] * 2
     with pytest.raises(UsageError, match="closed"):
         model.together([STORY])
+
+
+# --- phi4edge run --prompts
+
+
+def write_lines(path: Path, *lines: object) -> str:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def test_a_file_of_prompts_gives_a_line_for_each_in_order(
+    model: phi4edge.Model, nano_bundle: Path, tmp_path: Path
+) -> None:
+    messages = next(item.messages for item in ITEMS if item.adapter is None)
+    file = write_lines(
+        tmp_path / "requests.jsonl",
+        {"prompt": STORY, "max_tokens": 12},
+        "",
+        {"prompt": STORY, "temperature": 0.9, "seed": 3},
+        "no JSON",
+        {"prompt": messages},
+        {"prompt": STORY, "max_token": 1},
+        [1],
+    )
+    done = run("run", str(nano_bundle), "--prompts", file, "--together", "2", "-n", "5", "-t", "1", "--stats")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = [
+        model.generate(STORY, max_tokens=12),
+        model.generate(STORY, max_tokens=5, temperature=0.9, seed=3),
+        model.generate(messages, max_tokens=5),
+    ]
+    assert [answers[i]["tokens"] for i in (0, 1, 3)] == [list(answer.tokens) for answer in expected]
+    assert [answers[i]["error"]["field"] for i in (2, 4, 5)] == ["line 4", "max_token", "line 7"]
+    assert done.returncode == InputError.exit_code
+    stats, problem = done.stderr.splitlines()
+    assert stats.startswith(f"6 requests, {sum(len(answer.tokens) for answer in expected)} tokens of answers, ")
+    assert problem.startswith("phi4edge: 3 of 6 requests failed; the first: ") and "line 4" in problem
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "code", "problem"),
+    [
+        ([], (), 4, "has no requests"),
+        (None, (), 3, "cannot be read"),
+        ([{"prompt": STORY}], ("--together", "0"), 2, "--together: is 0, expected 1 to 128"),
+        ([{"prompt": STORY}], ("--raw",), 2, "--prompts: the prompts are in the file"),
+        ([{"prompt": STORY}], ("--system", "Be short."), 2, "--prompts: the prompts are in the file"),
+        ([{"prompt": STORY}], ("the cat",), 2, "--prompts: the prompts are in the file"),
+    ],
+)
+def test_a_file_that_cannot_be_answered_is_one_error(
+    lines: list[Any] | None, arguments: tuple[str, ...], code: int, problem: str, nano_bundle: Path, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "missing.jsonl") if lines is None else write_lines(tmp_path / "requests.jsonl", *lines)
+    done = run("run", str(nano_bundle), *arguments, "--prompts", file, "-t", "1")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert is_one_error_line(done.stderr) and problem in done.stderr
+
+
+def test_together_without_prompts_is_refused(nano_bundle: Path) -> None:
+    done = run("run", str(nano_bundle), "hi", "--together", "2")
+    assert done.returncode == 2 and "--together: there are no --prompts" in done.stderr

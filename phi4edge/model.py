@@ -28,7 +28,7 @@ from phi4edge.expanded import Steps, expand, length
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.info import check_options, choose_context, context_warnings
 from phi4edge.media import Media, MediaInput
-from phi4edge.prompt import ChatTemplate, media_parts, with_frames
+from phi4edge.prompt import ChatTemplate, media_parts, template_of, with_frames
 from phi4edge.router import IMAGE, TEXT, Router
 from phi4edge.session import Growth, Session, token_ids
 from phi4edge.together import Together, Work
@@ -81,7 +81,7 @@ def load(
     media = Media(
         bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
     )
-    template = _template(metadata, tokenizer, media.placeholders, path)
+    template = template_of(metadata, tokenizer, media.placeholders, path)
     n_context = choose_context(config, context)  # to begin with
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
@@ -116,24 +116,6 @@ def isas() -> list[str]:
 def read_bandwidth(n_threads: int, n_bytes: int, seconds: float) -> float:
     """Bytes per second that ``n_threads`` read from ``n_bytes`` of memory, measured for ``seconds``."""
     return _core.read_bandwidth(n_threads, n_bytes, seconds)
-
-
-def _template(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, placeholders: Mapping[str, str], path: str
-) -> ChatTemplate:
-    source = metadata.get("tokenizer.chat_template")
-
-    def text_of(token: int | None) -> str:
-        return "" if token is None else tokenizer.token_text(token)
-
-    return ChatTemplate(
-        source if isinstance(source, str) else None,
-        special_tokens=tokenizer.special_tokens,
-        bos=text_of(tokenizer.bos_id),
-        eos=text_of(tokenizer.eos_id),
-        placeholders=placeholders,
-        path=path,
-    )
 
 
 class Model:

@@ -55,9 +55,10 @@ def answer_all(
     options: as for ``Model.together``.  Ends with the exit code of the first error, if there is one.
     """
     started = time.perf_counter()
-    good = [i for i, request in enumerate(requests) if not isinstance(request, Phi4EdgeError)]
-    together = model.together([requests[i] for i in good], config, at_once=at_once, **options)
-    events = ((good[index], event) for index, event in together)
+    good = {i: request for i, request in enumerate(requests) if not isinstance(request, Phi4EdgeError)}
+    places = list(good)
+    together = model.together(good.values(), config, at_once=at_once, **options)
+    events = ((places[index], event) for index, event in together)
     failed: list[Phi4EdgeError] = []
     n_tokens = 0
     with closing(ProgressBar("Answering")) as bar:

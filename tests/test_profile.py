@@ -62,6 +62,18 @@ def test_bytes_and_operations_are_those_of_the_packed_tensors(name: str, type_na
     assert counted["adapter A"] == counted["adapter B"] == (0.0, 0, 0)
 
 
+def test_sequences_that_are_computed_together_read_the_weights_once(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path, "Q8_0", **SHAPES["fused"])
+    model = _core.Model(_core.GgufFile(path), 2)
+    first, second = _core.Session(model, 64), _core.Session(model, 64)
+    first.collect_profile(True)
+    _core.extend_together([first, second], [TOKENS, TOKENS[:3]])
+    counted = first.profile()
+    expected = expected_work(path, n_tokens=43, n_logits=2, n_passes=1)
+    assert {step: counted[step][1:] for step in expected} == expected
+    assert counted["attention"][1] == 43 * _core.kv_bytes_per_token(model.config)
+
+
 def test_a_pass_without_logits_has_no_head(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path)
     session = _core.Session(_core.Model(_core.GgufFile(path), 1), 64)

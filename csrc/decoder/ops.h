@@ -64,6 +64,7 @@ struct Worker {
 // Room for the quantised activations of a batch of tokens.
 class ActivationBuffer {
  public:
+  ActivationBuffer() = default;
   ActivationBuffer(int64_t max_tokens, int64_t max_columns);
 
   // Quantises one of n_tokens tokens, or, with sb * n_tokens + token for `at`, n_columns of it from super-block sb on.

@@ -31,19 +31,24 @@ void Profile::add_product(Operation operation, const PanelMatrix& matrix, int64_
   work.operations += 2 * uint64_t(matrix.n_rows) * uint64_t(matrix.n_columns) * uint64_t(n_tokens);
 }
 
-void Profile::add_work(const Weights& weights, const Adapter* adapter, int64_t n_tokens, int64_t n_logits) {
-  for (size_t layer = 0; layer < weights.layers.size(); ++layer) {
+void Profile::add_weights(const Weights& weights, int64_t n_tokens, int64_t n_logits) {
+  for (const LayerWeights& layer : weights.layers) {
     for (const Product product : kProducts) {
-      for (const PanelMatrix& matrix : weights.layers[layer].product(product)) {
-        add_product(operation_of(product), matrix, n_tokens);
-      }
-      const LowRankUpdate* update = adapter ? adapter->update(int64_t(layer), product) : nullptr;
+      for (const PanelMatrix& matrix : layer.product(product)) add_product(operation_of(product), matrix, n_tokens);
+    }
+  }
+  if (n_logits > 0) add_product(Operation::kHead, weights.output_head(), n_logits);
+}
+
+void Profile::add_adapter(const Adapter& adapter, int64_t n_layers, int64_t n_tokens) {
+  for (int64_t layer = 0; layer < n_layers; ++layer) {
+    for (const Product product : kProducts) {
+      const LowRankUpdate* update = adapter.update(layer, product);
       if (!update) continue;
       for (const PanelMatrix& a : update->a) add_product(Operation::kAdapterA, a, n_tokens);
       for (const PanelMatrix& b : update->b) add_product(Operation::kAdapterB, b, n_tokens);
     }
   }
-  if (n_logits > 0) add_product(Operation::kHead, weights.output_head(), n_logits);
 }
 
 std::vector<OperationTotal> Profile::totals() const {

@@ -62,8 +62,9 @@ class Profile {
     times.last = now;
   }
 
-  // What a pass of n_tokens has to do that gives n_logits rows of logits; adapter may be null.
-  void add_work(const Weights& weights, const Adapter* adapter, int64_t n_tokens, int64_t n_logits);
+  // What a pass of n_tokens has to do that gives n_logits rows of logits, and an adapter of n_tokens.
+  void add_weights(const Weights& weights, int64_t n_tokens, int64_t n_logits);
+  void add_adapter(const Adapter& adapter, int64_t n_layers, int64_t n_tokens);
   void add_bytes(Operation operation, uint64_t n_bytes) { work_[int(operation)].n_bytes += n_bytes; }
 
   std::vector<OperationTotal> totals() const;

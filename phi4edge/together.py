@@ -72,7 +72,7 @@ class Together:
         """The last event of each request, in their order; Cancelled for those that ``cancel()`` kept from beginning."""
         done = {index: event for index, event in self if not isinstance(event, Piece)}
         done |= {index: Cancelled("the answer was stopped") for index, _ in self._requests}
-        return [done[index] for index in range(len(done))]
+        return [done[index] for index in sorted(done)]
 
     def cancel(self, index: int | None = None) -> None:
         """Ends one request, or all of them, from any thread: those under way end with the error Cancelled.

@@ -390,7 +390,8 @@ class Model:
         requests: of each the prompt, or ``{"prompt": ..., "adapter": ..., "max_tokens": ...}`` with any parameters of
             :meth:`generate` but ``config``, ``progress`` and ``session``.  They are read one by one as others end.
         config, options: for requests that do not say it themselves.
-        at_once: how many answers, each with a KV cache of its own, are written at the same time.
+        at_once: how many answers, each with a KV cache of its own, are written at the same time; as far as there is
+            memory.
 
         Answers are those of :meth:`generate`.  The conversation of the model, and ``last``, stay as they are.
         Raises UsageError; what is wrong with one request is told in its place.

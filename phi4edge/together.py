@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge.answer import Answer
-from phi4edge.errors import Cancelled, InputError, Phi4EdgeError, UsageError
+from phi4edge.errors import Cancelled, InputError, OutOfMemoryError, Phi4EdgeError, UsageError
 from phi4edge.generation import Generation, Piece
 from phi4edge.session import Session, extend_together
 
@@ -45,6 +45,7 @@ class Together:
 
     Gives ``(index of the request, event)``: a Piece of its answer as it comes, and at its end, once for each request,
     the Generation or the error that ``Model.generate`` would have raised.  What happens to one leaves the others alone.
+    Where there is no memory for another sequence, requests wait until one ends.
     """
 
     def __init__(self, requests: Iterable[Any], work: Work, at_once: int, defaults: Mapping[str, Any]) -> None:
@@ -57,6 +58,7 @@ class Together:
         self._at_once = at_once
         self._defaults = dict(defaults)
         self._running: list[_Running] = []
+        self._waiting: tuple[int, Any] | None = None  # a request for which there was no memory
         self._sessions: dict[int, Session] = {}  # of the requests that were begun, for cancel()
         self._idle: list[Session] = []
         self._cancelled: set[int] = set()
@@ -70,7 +72,7 @@ class Together:
         """The last event of each request, in their order; Cancelled for those that ``cancel()`` kept from beginning."""
         done = {index: event for index, event in self if not isinstance(event, Piece)}
         done |= {index: Cancelled("the answer was stopped") for index, _ in self._requests}
-        return [done[index] for index in range(len(done))]
+        return [done[index] for index in sorted(done)]
 
     def cancel(self, index: int | None = None) -> None:
         """Ends one request, or all of them, from any thread: those under way end with the error Cancelled.
@@ -90,7 +92,8 @@ class Together:
         more = True
         while more or self._running:
             while more and len(self._running) < self._at_once:
-                request = None if self._all_cancelled else next(self._requests, None)
+                request = self._waiting or (None if self._all_cancelled else next(self._requests, None))
+                self._waiting = None
                 if request is None:
                     more = False
                 else:
@@ -109,7 +112,10 @@ class Together:
             piece = self._work.begin(session, running.turn, answer)
         except Phi4EdgeError as error:
             self._forget(index, session)
-            yield index, error
+            if isinstance(error, OutOfMemoryError) and self._running:  # there is as much as these have
+                self._waiting, self._at_once = (index, request), len(self._running)
+            else:
+                yield index, error
             return
         self._running.append(running)
         yield from self._tell(running, piece)

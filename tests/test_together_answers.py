@@ -13,9 +13,11 @@ import pytest
 
 import phi4edge
 from nano_items import items, theirs
-from phi4edge.errors import Cancelled, FileError, InputError, UsageError
+from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UsageError
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.quality_items import Item, families
+from phi4edge.session import Session
+from phi4edge.together import Together, Work
 from processes import is_one_error_line, run
 
 ITEMS = items()
@@ -254,6 +256,29 @@ def test_an_answer_ends_where_the_context_does(nano_bundle: Path) -> None:
     for answer, n in zip(answers, (63, 10, 50), strict=True):
         assert isinstance(answer, Generation) and answer.finish_reason == "length"
         assert len(answer.tokens) == 64 - n
+
+
+@pytest.mark.parametrize("n_fit", [0, 1, 2])
+def test_requests_wait_while_there_is_no_memory_for_another_sequence(model: phi4edge.Model, n_fit: int) -> None:
+    made: list[Session] = []
+
+    def limited() -> Session:
+        if len(made) == n_fit:
+            raise OutOfMemoryError("no memory for another KV cache")
+        made.append(model.session())
+        return made[-1]
+
+    work = Work(model._answer, limited, model._begin, 0.0)
+    answers = Together([STORY] * 5, work, 4, {"max_tokens": 6}).results()
+    if n_fit == 0:
+        assert all(isinstance(answer, OutOfMemoryError) for answer in answers)
+        return
+    assert {outcome(answer) for answer in answers} == {outcome(model.generate(STORY, max_tokens=6))}
+    made.clear()
+    together = Together([STORY] * 5, work, 4, {"max_tokens": 6, "logit_bias": never(model)})
+    assert all(isinstance(event, Piece) for _, (_, event) in zip(range(4), together, strict=False))
+    together.cancel()  # while one waits
+    assert [index for index, event in together if isinstance(event, Cancelled)] == list(range(n_fit + 1))
 
 
 def test_a_closed_model_says_so_in_the_place_of_every_request(nano_bundle: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 from lora_files import random_pairs, write_adapter
 from phi4edge import _core
 from phi4edge.cli import main
-from processes import run
 from tiny_models import tiny_gguf
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -126,11 +125,10 @@ def test_it_is_off_until_it_is_asked_for_and_changes_no_result(tmp_path: Path) -
     assert session.profile() == {}
 
 
-def test_bench_says_where_the_time_goes(tmp_path: Path) -> None:
+def test_bench_says_where_the_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tiny_gguf(tmp_path, "Q8_0"))
-    done = run("bench", path, "-p", "16", "-n", "3", "-r", "1", "-t", "1", "--profile", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    record = json.loads(done.stdout)
+    assert main(["bench", path, "-p", "16", "-n", "3", "-r", "1", "-t", "1", "--profile", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
     profile = record["profile"]
     assert profile["int8_operations_per_second"] > 1e7
     for phase in ("prefill", "decode"):

@@ -10,174 +10,21 @@ sampling are not in the time; both sides are fed the same ids, and both give the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
+from benchmarks.decoder_sides import SIDES, Worker, context_for
 
-BANDWIDTH_BYTES = 1 << 29  # larger than any last-level cache
 BUSY = 0.7  # load average at the start above which the machine is not quiet
 REST_SECONDS = 0.3  # between turns: threads that spin while idle have gone to sleep by then
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("phi4edge", "llama.cpp")
-
-
-# --- the two sides, each in its own process
-
-
-class Side(Protocol):
-    n_vocab: int
-    isa: str
-
-    def reset(self) -> None: ...
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Computes the tokens, and the logits of the last."""
-
-
-class Phi4Edge:
-    def __init__(self, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
-        from phi4edge import _core
-
-        model = _core.Model(_core.GgufFile(path), n_threads)
-        self._session = _core.Session(model, n_context, kv_type=kv_type)
-        self.n_vocab = int(model.config.vocab_size)
-        self.isa = str(model.isa)
-
-    def reset(self) -> None:
-        self._session.truncate(0)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        self._session.extend(np.asarray(tokens, np.int32), logits="last")
-
-
-class LlamaCpp:
-    """Batches of 512, F16 KV cache, flash attention as it chooses: the defaults of llama-bench.
-
-    A quantized KV cache needs flash attention.
-    """
-
-    BATCH = 512
-
-    def __init__(self, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
-        import llama_cpp as api
-
-        self._api = api
-        self._silence = api.llama_log_callback(lambda level, text, user_data: None)
-        api.llama_log_set(self._silence, ctypes.c_void_p(0))
-        api.llama_backend_init()
-        self._model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
-        if not self._model:
-            raise RuntimeError(f"llama.cpp does not load {path}")
-        params = api.llama_context_default_params()
-        params.n_ctx = n_context
-        params.n_batch = params.n_ubatch = self.BATCH
-        params.n_threads = params.n_threads_batch = n_threads
-        if kv_type != "f16":
-            params.type_k = params.type_v = getattr(api, f"GGML_TYPE_{kv_type.upper()}")
-            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self._context = api.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise RuntimeError(f"llama.cpp cannot make a context of {n_context} tokens")
-        self._batch = api.llama_batch_init(self.BATCH, 0, 1)
-        self._n_tokens = 0
-        self.n_vocab = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model)))
-        flags = api.llama_print_system_info().decode().split(" | ")
-        self.isa = " ".join(flag.split(" = ")[0].split(" : ")[-1] for flag in flags if flag.strip())
-
-    def reset(self) -> None:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-        self._n_tokens = 0
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        for start in range(0, len(tokens), self.BATCH):
-            piece = tokens[start : start + self.BATCH]
-            self._batch.n_tokens = len(piece)
-            for row, token in enumerate(piece):
-                self._batch.token[row] = token
-                self._batch.pos[row] = self._n_tokens + row
-                self._batch.n_seq_id[row] = 1
-                self._batch.seq_id[row][0] = 0
-                self._batch.logits[row] = start + row == len(tokens) - 1
-            status = self._api.llama_decode(self._context, self._batch)
-            if status != 0:
-                raise RuntimeError(f"llama_decode returned {status}")
-            self._n_tokens += len(piece)
-        self._api.llama_get_logits_ith(self._context, -1)  # waits for the result
-
-
-def measure(side: Side, n_prompt: int, n_decode: int) -> dict[str, float]:
-    """Seconds of one prompt and of the single tokens after it."""
-    tokens = np.random.default_rng(0).integers(0, side.n_vocab, n_prompt + n_decode).tolist()
-    side.reset()
-    started = time.perf_counter()
-    if n_prompt:
-        side.extend(tokens[:n_prompt])
-    prompt_done = time.perf_counter()
-    for token in tokens[n_prompt:]:
-        side.extend([token])
-    return {"prefill_seconds": prompt_done - started, "decode_seconds": time.perf_counter() - prompt_done}
-
-
-def serve(name: str, path: str, n_context: int, n_threads: int, kv_type: str) -> None:
-    """A worker: one JSON request per line on stdin, one JSON answer per line on stdout."""
-    side: Side | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "bandwidth":
-            from phi4edge import _core
-
-            answer: dict[str, Any] = {"bytes_per_second": _core.read_bandwidth(n_threads, BANDWIDTH_BYTES, 0.5)}
-        elif request["do"] == "load":
-            started = time.perf_counter()
-            kind = Phi4Edge if name == SIDES[0] else LlamaCpp
-            side = kind(path, n_context, n_threads, kv_type)
-            answer = {"load_seconds": time.perf_counter() - started, "isa": side.isa}
-        else:
-            assert side is not None
-            answer = dict(measure(side, request["n_prompt"], request["n_decode"]))
-        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(answer), flush=True)
-
-
-class Worker:
-    """The parent's end of a worker process."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self._name = name
-        n_context = -(-(options.n_prompt + options.n_decode) // 256) * 256
-        command = [sys.executable, "-m", "benchmarks.against_llama_cpp", str(options.model), "--serve", name]
-        command += ["-t", str(options.threads), "--context", str(n_context), "--kv-type", options.kv_type]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"the worker of {self._name} ended with status {self._process.wait()}; its error is above"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
-# --- the comparison
 
 
 @dataclass
@@ -200,8 +47,9 @@ class Series:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds; the result is what --json prints."""
     load_average = os.getloadavg()[0]  # before we add to it
-    workers = {name: Worker(name, options) for name in options.sides}
-    meter = Worker(SIDES[0], options) if SIDES[0] in workers else None
+    room = context_for(options.n_prompt + options.n_decode)
+    workers = {name: start_worker(name, options, room) for name in options.sides}
+    meter = start_worker(SIDES[0], options, room) if SIDES[0] in workers else None
     series = {name: [Series("prefill", "tok/s"), Series("decode", "tok/s")] for name in workers}
     bandwidth = Series("read bandwidth", "B/s")
     facts = {name: worker.ask(do="load") for name, worker in workers.items()}
@@ -209,7 +57,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         worker.ask(do="run", n_prompt=min(options.n_prompt, 64), n_decode=2)
     for _ in range(options.rounds):
         if meter:
-            bandwidth.values.append(meter.ask(do="bandwidth")["bytes_per_second"])
+            bandwidth.values.append(meter.ask(do="limits")["bytes_per_second"])
         for name, worker in workers.items():
             time.sleep(REST_SECONDS)
             answer = worker.ask(do="run", n_prompt=options.n_prompt, n_decode=options.n_decode)
@@ -239,6 +87,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "bandwidth": as_record(bandwidth) if bandwidth.values else None,
         "sides": {name: {row.case: as_record(row) for row in rows} for name, rows in series.items()},
     }
+
+
+def start_worker(name: str, options: argparse.Namespace, n_context: int) -> Worker:
+    return Worker(name, options.model, n_context=n_context, n_threads=options.threads, kv_type=options.kv_type)
 
 
 def as_record(row: Series) -> dict[str, Any]:
@@ -336,13 +188,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     parser.add_argument("--record", type=Path, help="append one JSON line per side and quantity to this file")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--context", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.model = options.model.resolve()
-    if options.serve:
-        serve(options.serve, str(options.model), options.context, options.threads, options.kv_type)
-        return
     result = compare(options)
     if options.json:
         print(json.dumps(result, indent=2))

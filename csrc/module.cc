@@ -1,8 +1,4 @@
 // The Python module phi4edge._core.  It carries values between Python and C++ and decides nothing.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,18 +16,43 @@
 #include "decoder/adapter.h"
 #include "decoder/config.h"
 #include "decoder/decoder.h"
+#include "decoder/kernel_speed.h"
 #include "decoder/memory.h"
 #include "decoder/multiply.h"
 #include "decoder/sampler.h"
 #include "gguf/gguf.h"
 #include "kernels/dispatch.h"
+#include "module.h"
 #include "quant/format.h"
 #include "quant/quantize.h"
 
-namespace py = pybind11;
-using namespace py::literals;
-
 namespace phi4edge {
+
+std::atomic<bool> exiting{false};
+std::atomic<int> n_computing{0};
+std::thread::id exiting_thread;
+
+void sleep_for_ever() {
+  for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+}
+
+py::str to_str(const std::string& bytes) {
+  PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), Py_ssize_t(bytes.size()), "surrogateescape");
+  if (!decoded) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(decoded);
+}
+
+void expect_matrix(const FloatArray& x, int64_t n_columns) {
+  if (x.ndim() != 2 || x.shape(1) != n_columns) {
+    throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) +
+                     " dimensions and " + std::to_string(x.size()) + " values");
+  }
+}
+
+void expect_vector(const TokenArray& tokens) {
+  if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
+}
+
 namespace {
 
 // --- Errors ---
@@ -46,13 +67,6 @@ const char* error_class(Error::Kind kind) {
     case Error::Kind::kCancelled: return "Cancelled";
   }
   return "Phi4EdgeError";
-}
-
-// Bytes that are not UTF-8 become lone surrogates, as in Python's file names.
-py::str to_str(const std::string& bytes) {
-  PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), Py_ssize_t(bytes.size()), "surrogateescape");
-  if (!decoded) throw py::error_already_set();
-  return py::reinterpret_steal<py::str>(decoded);
 }
 
 void raise(const char* class_name, const std::string& problem, const std::string& path, const std::string& field,
@@ -73,43 +87,6 @@ void translate_error(std::exception_ptr exception) {
 }
 
 // --- The interpreter lock ---
-
-// A thread that asks for the lock when the interpreter is shutting down is ended there and then, which no C++ frame survives.
-// So at exit those that compute are told to stop, and then sleep until the process ends.  Only daemon threads are left by
-// then; an exception in one of them would be printed, for which Python has no means any more.
-std::atomic<bool> exiting{false};
-std::atomic<int> n_computing{0};
-std::thread::id exiting_thread;  // valid when exiting is set
-
-[[noreturn]] void sleep_for_ever() {
-  for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-}
-
-// Gives the lock away for as long as it lives.
-class WithoutInterpreter {
- public:
-  ~WithoutInterpreter() {
-    if (exiting && std::this_thread::get_id() != exiting_thread) {
-      --n_computing;
-      sleep_for_ever();
-    }
-  }
-
- private:
-  struct Counted {
-    Counted() {
-      if (exiting) {
-        if (std::this_thread::get_id() == exiting_thread) throw CancelledError();
-        const py::gil_scoped_release release;
-        sleep_for_ever();
-      }
-      ++n_computing;
-    }
-    ~Counted() { --n_computing; }
-  };
-  Counted counted_;  // before and after the other
-  py::gil_scoped_release release_;
-};
 
 void stop_all() {
   exiting_thread = std::this_thread::get_id();
@@ -209,54 +186,7 @@ void bind_gguf(py::module_& m) {
       .def("read", &read_tensor, "name"_a, "The tensor's bytes as they are in the file, uint8[n_bytes].");
 }
 
-// --- Progress and cancellation ---
-
-// Calls a Python progress function and the signal handlers.  What they raise is kept and raised when C++ has unwound.
-class PythonProgress {
- public:
-  explicit PythonProgress(py::object function) : function_(std::move(function)) {}
-
-  bool operator()(int64_t done, int64_t total) {
-    if (exiting) return false;
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) return keep_error();
-    if (function_.is_none()) return true;
-    try {
-      const py::object result = function_(done, total);
-      return result.ptr() != Py_False;
-    } catch (py::error_already_set& error) {
-      error.restore();
-      return keep_error();
-    }
-  }
-
-  // Runs work() without the interpreter lock.
-  template <class Work>
-  void guard(Work&& work) {
-    try {
-      const WithoutInterpreter outside;
-      work();
-    } catch (const CancelledError&) {
-      if (!error_) throw;
-      throw py::error_already_set(std::move(*error_));
-    }
-  }
-
- private:
-  bool keep_error() {
-    error_.emplace();  // fetches the error that Python has set
-    return false;
-  }
-
-  py::object function_;
-  std::optional<py::error_already_set> error_;
-};
-
 // --- Kernels ---
-
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using TokenArray = py::array_t<int32_t, py::array::c_style>;  // no cast: a wide number must not become another token
-using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 
 py::array_t<float> dequantize(uint32_t type_id, const ByteArray& data, int64_t n_values) {
   const Format* format = find_format(type_id);
@@ -290,17 +220,6 @@ py::array_t<uint8_t> quantize(uint32_t type_id, const FloatArray& rows, int n_th
   return out;
 }
 
-void expect_matrix(const FloatArray& x, int64_t n_columns) {
-  if (x.ndim() != 2 || x.shape(1) != n_columns) {
-    throw InputError("expected an array [n, " + std::to_string(n_columns) + "], got " + std::to_string(x.ndim()) +
-                     " dimensions and " + std::to_string(x.size()) + " values");
-  }
-}
-
-void expect_vector(const TokenArray& tokens) {
-  if (tokens.ndim() != 1) throw InputError("tokens: expected one dimension, got " + std::to_string(tokens.ndim()));
-}
-
 void bind_kernels(py::module_& m) {
   py::class_<Format>(m, "FormatInfo", "A weight format that the decoder reads.")
       .def_readonly("name", &Format::name)
@@ -328,6 +247,9 @@ void bind_kernels(py::module_& m) {
   m.def("quantize", &quantize, "type_id"_a, "rows"_a, "n_threads"_a = 1, "importance"_a = py::none(),
         "Floats [n_rows, n_columns] to file blocks, uint8[n_rows, row_bytes], with the least importance[column] * error^2.");
   m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
+        py::call_guard<WithoutInterpreter>());
+  m.def("int8_peak", &int8_peak, "isa"_a, "n_threads"_a, "seconds"_a,
+        "Operations per second of the int8 dot product that the kernels use; an empty isa is the one that they take.",
         py::call_guard<WithoutInterpreter>());
 
   py::class_<ThreadPool>(m, "ThreadPool").def(py::init<int>(), "n_threads"_a).def_property_readonly("size", &ThreadPool::size);
@@ -357,32 +279,22 @@ void bind_kernels(py::module_& m) {
             if (n_tokens > 0) multiply(matrix, from, n_tokens, to, pool, isa);
             return out;
           },
-          "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].");
+          "x"_a, "pool"_a, "isa"_a = "", "x [n, columns] to [n, rows].")
+      .def(
+          "time_multiply",
+          [](const PanelMatrix& matrix, const FloatArray& x, ThreadPool& pool, int64_t n_repeats, int64_t n_copies,
+             const std::string& isa) {
+            expect_matrix(x, matrix.n_columns);
+            const float* from = x.data();
+            const int64_t n_tokens = x.shape(0);
+            const WithoutInterpreter unlocked;
+            return time_multiply(matrix, from, n_tokens, n_repeats, n_copies, pool, isa);
+          },
+          "x"_a, "pool"_a, "n_repeats"_a, "n_copies"_a = 1, "isa"_a = "",
+          "Seconds of each of n_repeats products with x [n, columns]; they take n_copies of the matrix in turn.");
 }
 
 // --- Decoder ---
-
-LogitsFor logits_for(const std::string& which) {
-  if (which == "none") return LogitsFor::kNone;
-  if (which == "last") return LogitsFor::kLast;
-  if (which == "all") return LogitsFor::kAll;
-  throw InputError("logits: expected none, last or all, got '" + which + "'");
-}
-
-// Runs one of Session's extend functions and returns its logits, float32[0, 1 or n, vocab].
-template <class Extend>
-py::array_t<float> run(Session& session, int64_t n, const std::string& which_name, const py::object& progress,
-                       Extend&& extend) {
-  const LogitsFor which = logits_for(which_name);
-  const int64_t n_rows = which == LogitsFor::kNone ? 0 : which == LogitsFor::kLast ? std::min<int64_t>(n, 1) : n;
-  if (n > session.n_context())
-    throw InputError(std::to_string(n) + " tokens do not fit a context of " + std::to_string(session.n_context()));
-  py::array_t<float> logits({py::ssize_t(n_rows), py::ssize_t(session.config().vocab_size)});
-  PythonProgress python(progress);
-  float* out = logits.mutable_data();
-  python.guard([&] { extend(which, out, [&python](int64_t done, int64_t total) { return python(done, total); }); });
-  return logits;
-}
 
 void bind_config(py::module_& m) {
   py::class_<RopeConfig>(m, "RopeConfig")
@@ -449,17 +361,6 @@ void bind_config(py::module_& m) {
   m.def("require_memory", &require_memory, "need"_a, "available"_a, "Raises OutOfMemoryError with the numbers.");
 }
 
-py::dict input_squares(Session& session) {
-  py::dict dict;
-  for (const InputSquares::Entry& entry : session.input_squares()) {
-    for (const std::string& name : entry.tensors) {
-      dict[to_str(name)] =
-          py::make_tuple(py::array_t<double>(py::ssize_t(entry.sums.size()), entry.sums.data()), entry.n_tokens);
-    }
-  }
-  return dict;
-}
-
 void bind_decoder(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights in memory, shared by sessions.")
       .def(py::init([](const gguf::File& file, int n_threads, const std::string& isa, const py::object& progress) {
@@ -494,70 +395,6 @@ void bind_decoder(py::module_& m) {
            "model"_a, "file"_a, "available_memory"_a = UINT64_MAX, "progress"_a = py::none(),
            "available_memory: bytes it may take.  Raises BundleError, OutOfMemoryError.")
       .def_property_readonly("n_bytes", &Adapter::n_bytes);
-  py::class_<Session>(m, "Session", "One sequence and its KV cache.")
-      .def(py::init([](std::shared_ptr<Model> model, int64_t n_context, const std::string& kv_type) {
-             return std::make_unique<Session>(std::move(model), n_context, kv_type_named(kv_type));
-           }),
-           "model"_a, "n_context"_a, "kv_type"_a = "f16")
-      .def(
-          "extend",
-          [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {
-            expect_vector(tokens);
-            return run(session, tokens.size(), logits, progress,
-                       [&](LogitsFor which, float* out, const ForwardProgress& forward) {
-                         session.extend(tokens.data(), tokens.size(), which, out, forward);
-                       });
-          },
-          "tokens"_a, "logits"_a = "last", "progress"_a = py::none(),
-          "Appends tokens; returns float32[0, 1 or n, vocab]. progress(done, total) may return False to cancel.")
-      .def(
-          "extend_embeddings",
-          [](Session& session, const FloatArray& rows, const std::string& logits, const py::object& progress) {
-            expect_matrix(rows, session.config().hidden_size);
-            return run(session, rows.shape(0), logits, progress,
-                       [&](LogitsFor which, float* out, const ForwardProgress& forward) {
-                         session.extend_embeddings(rows.data(), rows.shape(0), which, out, forward);
-                       });
-          },
-          "rows"_a, "logits"_a = "last", "progress"_a = py::none(), "Appends embedding rows, float32[n, hidden].")
-      .def(
-          "append",
-          [](Session& session, const TokenArray& tokens) {
-            expect_vector(tokens);
-            session.append(tokens.data(), tokens.size());
-          },
-          "tokens"_a, "Appends tokens that the next extension computes together with its own.")
-      .def(
-          "append_embeddings",
-          [](Session& session, const FloatArray& rows) {
-            expect_matrix(rows, session.config().hidden_size);
-            const WithoutInterpreter unlocked;
-            session.append_embeddings(rows.data(), rows.shape(0));
-          },
-          "rows"_a, "The same with embedding rows, float32[n, hidden].")
-      .def(
-          "grow",
-          [](Session& session, int64_t n_context) {
-            const WithoutInterpreter unlocked;
-            session.grow(n_context);
-          },
-          "n_context"_a, "Room for more tokens; what was computed stays.")
-      .def("truncate", &Session::truncate, "n_tokens"_a)
-      .def(
-          "set_adapter",
-          [](Session& session, const std::shared_ptr<Adapter>& adapter, double scale) { session.set_adapter(adapter, scale); },
-          "adapter"_a.none(true), "scale"_a = 1.0,
-          "From the next extension on, for the whole sequence; what was computed otherwise is computed again.")
-      .def("n_reusable", &Session::n_reusable, "n_tokens"_a)
-      .def("collect_input_squares", &Session::collect_input_squares, "enabled"_a,
-           "Starts at zero, or stops; see input_squares().")
-      .def("input_squares", &input_squares,
-           "For each weight matrix by its GGUF name: the sums over tokens of its squared inputs, float64[n_columns], and the "
-           "number of tokens.")
-      .def("cancel", &Session::cancel, "Ends the extend() that runs in another thread.")
-      .def_property_readonly("n_tokens", &Session::n_tokens)
-      .def_property_readonly("n_context", &Session::n_context)
-      .def_property_readonly("kv_bytes", &Session::kv_bytes);
 }
 
 // --- Sampler ---
@@ -626,6 +463,8 @@ void bind_sampler(py::module_& m) {
 }  // namespace
 }  // namespace phi4edge
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled decoder of phi4edge.  Use the Python classes around it.";
   py::register_local_exception_translator(&phi4edge::translate_error);
@@ -634,5 +473,6 @@ PYBIND11_MODULE(_core, m) {
   phi4edge::bind_kernels(m);
   phi4edge::bind_config(m);
   phi4edge::bind_decoder(m);
+  phi4edge::bind_sessions(m);
   phi4edge::bind_sampler(m);
 }

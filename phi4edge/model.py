@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,15 @@ from phi4edge.adapters import NO_ADAPTER, AdapterSet, checked_scale
 from phi4edge.answer import Answer, Request
 from phi4edge.bundle import BACKBONE, bundle_at
 from phi4edge.embedded import model_path
-from phi4edge.errors import InputError, UsageError
+from phi4edge.errors import InputError, Phi4EdgeError, UsageError
 from phi4edge.expanded import Steps, expand, length
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.info import check_options, choose_context, context_warnings
 from phi4edge.media import Media, MediaInput
-from phi4edge.prompt import ChatTemplate, media_parts, with_frames
+from phi4edge.prompt import ChatTemplate, media_parts, template_of, with_frames
 from phi4edge.router import IMAGE, TEXT, Router
 from phi4edge.session import Growth, Session, token_ids
+from phi4edge.together import Together, Work
 from phi4edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load(
     media = Media(
         bundle, config.hidden_size, n_threads, tokenizer.special_tokens, provider=provider, free_memory=free_memory
     )
-    template = _template(metadata, tokenizer, media.placeholders, path)
+    template = template_of(metadata, tokenizer, media.placeholders, path)
     n_context = choose_context(config, context)  # to begin with
     if check_memory:
         _core.require_memory(_core.memory_need(file, n_context, kv_type), _core.available_memory())
@@ -117,22 +118,9 @@ def read_bandwidth(n_threads: int, n_bytes: int, seconds: float) -> float:
     return _core.read_bandwidth(n_threads, n_bytes, seconds)
 
 
-def _template(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, placeholders: Mapping[str, str], path: str
-) -> ChatTemplate:
-    source = metadata.get("tokenizer.chat_template")
-
-    def text_of(token: int | None) -> str:
-        return "" if token is None else tokenizer.token_text(token)
-
-    return ChatTemplate(
-        source if isinstance(source, str) else None,
-        special_tokens=tokenizer.special_tokens,
-        bos=text_of(tokenizer.bos_id),
-        eos=text_of(tokenizer.eos_id),
-        placeholders=placeholders,
-        path=path,
-    )
+def int8_peak(isa: str, n_threads: int, seconds: float) -> float:
+    """Operations per second, two for multiply and add, of the int8 dot product that the kernels of ``isa`` use."""
+    return _core.int8_peak(isa, n_threads, seconds)
 
 
 class Model:
@@ -175,6 +163,7 @@ class Model:
         self._core: _core.Model | None = core
         self._load_seconds = load_seconds
         self._session: Session | None = None
+        self._together: Together | None = None  # of the generate_together() that runs
         self._router = router
         self._media = media
         # Token -> "image" or "audio": tokens that stand for media in a prompt, and are never part of an answer.
@@ -381,19 +370,66 @@ class Model:
         image or a sound that cannot be used), Cancelled.
         """
         self.last = None
+        answer = self._answer(prompt, config, adapter, adapter_scale, max_crops, **overrides)
+        if session is None:
+            if self._session is None:
+                self._session = self.session()
+            session = self._session
+        return self._stream(self._owned(session), answer, progress)
+
+    def together(
+        self,
+        requests: Iterable[Prompt | Mapping[str, Any]],
+        config: GenerationConfig | None = None,
+        *,
+        at_once: int = 4,
+        **options: Any,
+    ) -> Together:
+        """Answers several requests at the same time; see :class:`Together`.
+
+        requests: of each the prompt, or ``{"prompt": ..., "adapter": ..., "max_tokens": ...}`` with any parameters of
+            :meth:`generate` but ``config``, ``progress`` and ``session``.  They are read one by one as others end.
+        config, options: for requests that do not say it themselves.
+        at_once: how many answers, each with a KV cache of its own, are written at the same time; as far as there is
+            memory.
+
+        Answers are those of :meth:`generate`.  The conversation of the model, and ``last``, stay as they are.
+        Raises UsageError; what is wrong with one request is told in its place.
+        """
+        self._require_core()
+        work = Work(self._answer, self.session, self._begin, self._load_seconds)
+        return Together(requests, work, at_once, {"config": config, **options})
+
+    def generate_together(
+        self, requests: Iterable[Prompt | Mapping[str, Any]], config: GenerationConfig | None = None, **options: Any
+    ) -> list[Generation | Phi4EdgeError]:
+        """The whole answer to each request in their order, or the error that :meth:`generate` would have raised for it.
+
+        The parameters are those of :meth:`together`.  After ``cancel()`` those that were not done are Cancelled.
+        """
+        self._together = self.together(requests, config, **options)
+        try:
+            return self._together.results()
+        finally:
+            self._together = None
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        adapter: str | None = None,
+        adapter_scale: float = 1.0,
+        max_crops: int | None = None,
+        **overrides: Any,
+    ) -> Answer:
+        """An answer that is to be written; the parameters are those of :meth:`stream`."""
         self._require_core()
         if config is not None and not isinstance(config, GenerationConfig):
             raise UsageError(f"must be a GenerationConfig, got {type(config).__name__}", field="config")
         config = (config or GenerationConfig()).merged(**overrides)
         request = self._request(prompt, adapter, adapter_scale, max_crops)
         continues = not _is_chat(prompt)
-        sampler = self._sampler(config)
-        answer = Answer(request, config, self.tokenizer, sampler, context=self.context, continues=continues)
-        if session is None:
-            if self._session is None:
-                self._session = self.session()
-            session = self._session
-        return self._stream(self._owned(session), answer, progress)
+        return Answer(request, config, self.tokenizer, self._sampler(config), context=self.context, continues=continues)
 
     def _request(self, prompt: Prompt, adapter: str | None, scale: float, max_crops: int | None) -> Request:
         """Everything that can be wrong with a prompt is found here, before an encoder or the decoder works."""
@@ -438,9 +474,11 @@ class Model:
         return _core.Sampler(options, self.config.vocab_size)
 
     def cancel(self) -> None:
-        """Ends the answer that another thread is generating; it raises Cancelled there."""
+        """Ends the answer that another thread is generating, which raises Cancelled there, or generate_together()."""
         if self._session is not None:
             self._session.cancel()
+        if self._together is not None:
+            self._together.cancel()
 
     def _owned(self, session: Session) -> Session:
         if session.model is not self._core:
@@ -497,15 +535,7 @@ class Model:
     def _stream(self, session: Session, answer: Answer, progress: Progress | None) -> Generator[Piece, None, None]:
         turn = session.begin()
         try:
-            started = time.perf_counter()
-            logits = self._prefill(session, turn, answer.request, progress, answer.n_expected, answer)
-            answer.forget_media()
-            answer.prefill_seconds = time.perf_counter() - started - answer.encoder_seconds
-            for key in answer.request.prompt.keys:
-                if isinstance(key, int):
-                    answer.sampler.accept(key)
-            piece = answer.next_piece(logits)
-            answer.first_token_seconds = answer.request.seconds + time.perf_counter() - started
+            piece = self._begin(session, turn, answer, progress)
             while True:
                 if piece is not None:
                     yield piece
@@ -521,6 +551,19 @@ class Model:
         finally:
             if session.turn is turn:
                 self.last = answer.result(self._load_seconds)
+
+    def _begin(self, session: Session, turn: object, answer: Answer, progress: Progress | None = None) -> Piece | None:
+        """Computes the prompt and takes the first token of the answer."""
+        started = time.perf_counter()
+        logits = self._prefill(session, turn, answer.request, progress, answer.n_expected, answer)
+        answer.forget_media()
+        answer.prefill_seconds = time.perf_counter() - started - answer.encoder_seconds
+        for key in answer.request.prompt.keys:
+            if isinstance(key, int):
+                answer.sampler.accept(key)
+        piece = answer.next_piece(logits)
+        answer.first_token_seconds = answer.request.seconds + time.perf_counter() - started
+        return piece
 
     def _finished(self) -> Generation:
         if self.last is None:

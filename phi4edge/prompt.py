@@ -16,10 +16,13 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4edge.errors import BundleError, InputError
 from phi4edge.template_sandbox import RaisedByTemplateError, SandboxedTemplate, TemplateError, TemplateLimits
+
+if TYPE_CHECKING:
+    from phi4edge.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and "tools" on a system message
 # Kinds of placeholders, in the order in which a message shows them.
@@ -204,6 +207,25 @@ class ChatTemplate:
 
 
 # Messages.
+
+
+def template_of(
+    metadata: Mapping[str, Any], tokenizer: Tokenizer, placeholders: Mapping[str, str], path: str
+) -> ChatTemplate:
+    """The chat template in the metadata of a model file; placeholders: kind -> the text that stands for it."""
+    source = metadata.get("tokenizer.chat_template")
+
+    def text_of(token: int | None) -> str:
+        return "" if token is None else tokenizer.token_text(token)
+
+    return ChatTemplate(
+        source if isinstance(source, str) else None,
+        special_tokens=tokenizer.special_tokens,
+        bos=text_of(tokenizer.bos_id),
+        eos=text_of(tokenizer.eos_id),
+        placeholders=placeholders,
+        path=path,
+    )
 
 
 def _parts_of(message: Message) -> Sequence[Mapping[str, Any]]:

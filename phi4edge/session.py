@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,14 @@ class Growth:
                 "available",
                 hint="shorten the conversation, or store keys and values in fewer bits (kv_type)",
             )
+
+
+class StepTotal(NamedTuple):
+    """What one step of all forward passes took, and had to do."""
+
+    seconds: float  # mean of the threads
+    n_bytes: int  # read of weights, or of keys and values
+    operations: int  # of matrix products; multiplying and adding are two
 
 
 class Session:
@@ -146,6 +154,14 @@ class Session:
     def clear(self) -> None:
         self.truncate(0)
 
+    def collect_profile(self, enabled: bool) -> None:
+        """Starts to measure where the time of ``extend`` goes, from zero; or stops, and forgets what was measured."""
+        self._core.collect_profile(enabled)
+
+    def profile(self) -> dict[str, StepTotal]:
+        """Steps by name, in the order of a forward pass; empty while none are collected."""
+        return {name: StepTotal(*total) for name, total in self._core.profile().items()}
+
     def use(self, adapter: _core.Adapter | None, scale: float = 1.0) -> None:
         """The adapter for the whole sequence, from the next ``extend`` on, which computes again what was without it."""
         self._core.set_adapter(adapter, scale)
@@ -169,6 +185,29 @@ class Session:
             )
         if self.cancelled:
             raise Cancelled("the answer was stopped")
+
+
+def extend_together(
+    sessions: Sequence[Session],
+    tokens: Sequence[Sequence[int]],
+    logits: str = "last",
+    progress: Progress | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """As :meth:`Session.extend` of each, with the same logits, in the time of reading the weights once.
+
+    For sessions of one model, with any adapters.  Raises what ``extend`` raises, and Cancelled when any of them was
+    cancelled; then none of them has changed.
+    """
+    from phi4edge import _core
+
+    if len(sessions) != len(tokens):
+        raise InputError(f"{len(sessions)} sessions have tokens for {len(tokens)}", field="tokens")
+    ids = [session._prepared(token_ids(each)) for session, each in zip(sessions, tokens, strict=True)]
+    cores = [session._core for session in sessions]
+    rows = _core.extend_together(cores, [np.array(each, dtype=np.int32) for each in ids], logits, progress)
+    for session, each in zip(sessions, ids, strict=True):
+        session._keys += each
+    return rows
 
 
 def token_ids(tokens: Sequence[int]) -> list[int]:

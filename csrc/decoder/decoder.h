@@ -1,29 +1,32 @@
 // The decoder: a model's weights (shared), and sessions that run sequences through them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
-#include <exception>
-#include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/thread_pool.h"
 #include "decoder/adapter.h"
 #include "decoder/config.h"
+#include "decoder/forward.h"
 #include "decoder/input_squares.h"
 #include "decoder/kv_cache.h"
 #include "decoder/low_rank.h"
 #include "decoder/memory.h"
-#include "decoder/ops.h"
+#include "decoder/profile.h"
+#include "decoder/scratch.h"
+#include "decoder/watch.h"
 #include "decoder/weights.h"
 #include "kernels/kernels.h"
 
 namespace phi4edge {
 
-// Read-only after construction; any number of sessions may use it, from any threads.
+// Read-only after construction, but for what its pool's run() serialises; any number of sessions may use it, from any threads.
 class Model {
  public:
   // isa: see select_kernels().  Throws what load_weights() throws.
@@ -34,19 +37,33 @@ class Model {
   const Weights& weights() const { return weights_; }
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() { return pool_; }
+  Scratch& scratch() { return scratch_; }  // within run() of the pool
 
  private:
   const KernelTable& kernels_;
   ModelConfig config_;
   TensorLayout layout_;
   ThreadPool pool_;
+  Scratch scratch_;
   Weights weights_;
 };
 
 enum class LogitsFor { kNone, kLast, kAll };
 
-// Tokens done, tokens to do in this call; returns false to cancel.  Called on the caller's thread.
-using ForwardProgress = std::function<bool(int64_t done, int64_t total)>;
+// Rows of logits after an extension by n tokens.
+inline int64_t logits_rows(LogitsFor which, int64_t n) {
+  return which == LogitsFor::kNone ? 0 : which == LogitsFor::kLast ? std::min<int64_t>(n, 1) : n;
+}
+
+class Session;
+
+// What one of several sessions appends; see Session::extend_together().
+struct Extension {
+  Session* session;
+  const int32_t* tokens;
+  int64_t n_tokens;
+  int64_t first_logits = 0;  // set: the first of its rows
+};
 
 // One sequence: its inputs, and the KV cache of those that were computed.
 //
@@ -62,6 +79,10 @@ class Session {
   void extend(const int32_t* tokens, int64_t n_tokens, LogitsFor which, float* logits, const ForwardProgress& progress);
   // The same with rows of hidden_size floats in place of token embeddings.
   void extend_embeddings(const float* rows, int64_t n_rows, LogitsFor which, float* logits, const ForwardProgress& progress);
+  // As extend() of each of them with every weight read once for all, and with the same logits to the bit.  Logits of one
+  // session lie together, from row `first_logits` on.  cancel() of any of them ends it, and when it throws none of them has
+  // changed. Throws InputError also for a session that is there twice, or of another model.
+  static void extend_together(std::span<Extension> extensions, LogitsFor which, float* logits, const ForwardProgress& progress);
   // Appends inputs that the next extension will compute together with its own.  Throws what extend() throws for them.
   void append(const int32_t* tokens, int64_t n_tokens);
   void append_embeddings(const float* rows, int64_t n_rows);
@@ -83,17 +104,17 @@ class Session {
   void collect_input_squares(bool enabled);
   std::vector<InputSquares::Entry> input_squares();  // empty before the first collect_input_squares(true)
 
+  // Starts to measure where the time of forward passes goes, from zero, or stops and forgets.  Passes of several sessions count
+  // for the first one.
+  void collect_profile(bool enabled);
+  std::vector<OperationTotal> profile();  // in the order of kOperationNames; empty while it is off
+
   int64_t n_tokens() const { return int64_t(inputs_.size()); }
   int64_t n_context() const { return n_context_; }
   size_t kv_bytes() const { return cache_.n_bytes(); }
   const ModelConfig& config() const { return model_->config(); }
-  // What a session takes beside its KV cache, about.
-  static uint64_t scratch_bytes(const ModelConfig& config);
 
  private:
-  // A token id, or -1 - r for row r of embedding_rows_.
-  using Input = int64_t;
-
   // What keys and values depend on, beside the inputs.
   struct Regime {
     bool long_factors = false;
@@ -106,23 +127,20 @@ class Session {
     const int64_t original = config().rope.original_context;
     return {original > 0 && n_tokens > original, adapter_ ? adapter_->id() : 0, adapter_scale_};
   }
+  std::pair<uint64_t, double> adapter_order() const { return {adapter_ ? adapter_->id() : 0, adapter_scale_}; }
   void check_room(int64_t n_new) const;
   void push(const int32_t* tokens, int64_t n_tokens);
   void push_rows(const float* rows, int64_t n_rows);
-  void compute(int64_t n_before, LogitsFor which, float* logits, const ForwardProgress& progress);
   void drop_inputs(int64_t n_kept);
-  void forward(int64_t first, int64_t n, LogitsFor which, float* logits);
-  bool run_layer(Worker& worker, int64_t layer, int64_t first, int64_t n);  // false: told to stop
-  void project(Worker& worker, int64_t layer, Product product, const float* x, int64_t n, float* out);
-  void run_head(Worker& worker, int64_t n, LogitsFor which, float* logits);
-  void embed(Worker& worker, int64_t first, int64_t n);
-  void normalize(Worker& worker, const float* add, const std::vector<float>& weight, int64_t first, int64_t n);
-  void store_keys_and_values(Worker& worker, int64_t layer, int64_t first, int64_t n);
-  void attend(Worker& worker, int64_t layer, int64_t first, int64_t n);
-  void multiply_gate(Worker& worker, int64_t n);
-  bool should_stop();
+  Slice next_slice(int64_t n_before, int64_t n_most, LogitsFor which);
 
-  static constexpr int64_t kBatch = 128;  // tokens computed together: their activations stay in the second-level cache
+  // A session to which inputs were pushed after the n_before that it had.
+  struct Part {
+    Session* session;
+    int64_t n_before;
+  };
+  static void compute(std::span<const Part> parts, LogitsFor which, float* logits, const ForwardProgress& progress);
+  static void drop_new(std::span<const Part> parts);
 
   std::shared_ptr<Model> model_;
   int64_t n_context_;
@@ -133,26 +151,15 @@ class Session {
   Regime cached_as_;                   // how those were computed
   std::shared_ptr<const Adapter> adapter_;
   double adapter_scale_ = 0.0;
-
-  // Scratch of one batch.
-  int64_t q_dim_, kv_dim_;
-  AlignedArray<float> x_, normed_, qkv_, attention_, gate_up_, ffn_, delta_, cosine_, sine_;
-  ActivationBuffer activations_;
-  LowRank low_rank_;
-  std::vector<AlignedArray<uint8_t>> thread_scratch_;
-  WorkCounters counters_;
+  LowRank low_rank_;  // that the adapter fits
 
   std::unique_ptr<InputSquares> squares_;
   bool wants_squares_ = false;
-  InputSquares* active_squares_ = nullptr;  // of this batch
+
+  std::unique_ptr<Profile> profile_;  // null: off
 
   std::atomic<bool> in_use_{false};
   std::atomic<bool> cancelled_{false};
-  std::atomic<bool> stop_{false};
-  const ForwardProgress* progress_ = nullptr;
-  std::exception_ptr progress_error_;
-  int64_t done_ = 0, total_ = 0;
-  std::chrono::steady_clock::time_point last_check_;
 };
 
 // What the weights of a file and one session take.  Throws InputError for a context that no model has.

@@ -71,6 +71,10 @@ KvType kv_type_named(const std::string& name) {
   throw InputError("kv_type: expected one of " + known + ", got '" + name + "'");
 }
 
+int64_t KvCache::value_dim_for(const ModelConfig& config, KvType type) {
+  return round_up(config.head_dim, format_of(type).block_values);
+}
+
 size_t KvCache::bytes_per_token(const ModelConfig& config, KvType type) {
   return 2 * row_bytes(config, type) * size_t(config.n_kv_heads) * size_t(config.n_layers);
 }
@@ -83,7 +87,7 @@ KvCache::KvCache(const ModelConfig& config, int64_t n_positions, KvType type)
     : type_(type),
       n_layers_(config.n_layers),
       head_dim_(config.head_dim),
-      value_dim_(round_up(config.head_dim, format_of(type).block_values)),
+      value_dim_(value_dim_for(config, type)),
       panel_bytes_(head_bytes_for(config, kPanelRows, type)),
       head_bytes_(head_bytes_for(config, n_positions, type)),
       layer_bytes_(head_bytes_ * size_t(config.n_kv_heads)) {

@@ -46,6 +46,7 @@ class KvCache {
   int64_t value_dim() const { return value_dim_; }
   size_t n_bytes() const { return 2 * layer_bytes_ * size_t(n_layers_); }
 
+  static int64_t value_dim_for(const ModelConfig& config, KvType type);
   static size_t bytes_per_token(const ModelConfig& config, KvType type);  // in all layers
   static size_t bytes_for(const ModelConfig& config, int64_t n_positions, KvType type);
 

@@ -2,9 +2,10 @@
 
 namespace phi4edge {
 
-LowRank::LowRank(int64_t max_tokens, int64_t max_total_rank, size_t max_parts, int n_threads)
+LowRank::LowRank(int64_t max_tokens, int64_t max_columns, int64_t max_total_rank, size_t max_parts, int n_threads)
     : max_total_rank_(max_total_rank),
       max_parts_(max_parts),
+      input_(max_tokens, max_columns),
       hidden_(allocate_aligned<float>(size_t(max_tokens) * size_t(max_total_rank), "activations")),
       quantized_(size_t(n_threads)) {
   for (auto& parts : quantized_) {

@@ -16,10 +16,12 @@ namespace phi4edge {
 class LowRank {
  public:
   LowRank() = default;
-  // For updates of that total rank and number of parts at most.
-  LowRank(int64_t max_tokens, int64_t max_total_rank, size_t max_parts, int n_threads);
+  // For updates of that total rank and number of parts, and inputs of that many columns, at most.
+  LowRank(int64_t max_tokens, int64_t max_columns, int64_t max_total_rank, size_t max_parts, int n_threads);
 
   bool fits(const Adapter& adapter) const;
+  // For x, where the adapter has not all of the tokens for which the model's own input was quantised.
+  ActivationBuffer& input() { return input_; }
 
   void multiply_a(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Activations& x);
   void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale,
@@ -28,6 +30,7 @@ class LowRank {
  private:
   int64_t max_total_rank_ = 0;
   size_t max_parts_ = 0;
+  ActivationBuffer input_;
   AlignedArray<float> hidden_;  // [token][total rank of the update]
   // [thread][part].  Each thread quantises all of `hidden` for itself: that is less work than waiting for the others.
   std::vector<std::vector<ActivationBuffer>> quantized_;

@@ -13,6 +13,7 @@
 #include "base/thread_pool.h"
 #include "decoder/config.h"
 #include "decoder/panels.h"
+#include "decoder/profile.h"
 #include "kernels/kernels.h"
 
 namespace phi4edge {
@@ -37,8 +38,16 @@ struct Worker {
   WorkCounters& counters;
   void* scratch;
   size_t loop = 0;
+  Profile* profile = nullptr;  // of the pass, when it is wanted
 
-  void wait() { barrier.wait(); }
+  // The time since the last call was for this.
+  void done(Operation operation) {
+    if (profile) profile->done(thread, operation);
+  }
+  void wait() {
+    barrier.wait();
+    done(Operation::kWait);
+  }
 
   // body(begin, end) for pieces of [0, n), `grain` at a time, whichever thread is free.
   template <class Body>
@@ -55,6 +64,7 @@ struct Worker {
 // Room for the quantised activations of a batch of tokens.
 class ActivationBuffer {
  public:
+  ActivationBuffer() = default;
   ActivationBuffer(int64_t max_tokens, int64_t max_columns);
 
   // Quantises one of n_tokens tokens, or, with sb * n_tokens + token for `at`, n_columns of it from super-block sb on.

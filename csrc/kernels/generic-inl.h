@@ -51,6 +51,7 @@ constexpr int64_t kPrefetchBytes = 16 * 1024;  // ahead of what is in use while 
 #include "kernels/float-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/attention-inl.h"
+#include "kernels/peak-inl.h"
 // clang-format on
 
 namespace phi4edge {
@@ -84,6 +85,7 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   table.silu_multiply = silu_multiply;
   table.to_half = to_half;
   table.to_q8 = to_q8;
+  table.repeat_dots = repeat_dots;
   table.matmul_scratch_bytes = matmul_scratch_bytes;
   table.attention_scratch_bytes = attention_scratch_bytes;
   return table;

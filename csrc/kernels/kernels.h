@@ -83,6 +83,8 @@ struct AttentionTask {
   void* scratch;  // KernelTable::attention_scratch_bytes(n_queries, value_dim)
 };
 
+inline constexpr int64_t kMaxPeakSteps = 1 << 16;  // of KernelTable::repeat_dots
+
 struct KernelTable {
   const char* name;
   void (*matmul[kFormatCount])(const MatmulTask& task);
@@ -96,6 +98,9 @@ struct KernelTable {
   void (*to_q8)(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales);
   // Sixteen-row panel, lane `row`, back to floats.
   void (*dequantize_row[kFormatCount])(const uint8_t* panel, int row, int64_t n_columns, float* out);
+  // The int8 dot product of the matmul kernels and nothing else, in registers; returns the operations done, where multiplying
+  // and adding are two.  For measuring what this CPU could do.
+  int64_t (*repeat_dots)(int64_t n_steps);
   size_t (*matmul_scratch_bytes)(int64_t n_tokens);
   size_t (*attention_scratch_bytes)(int n_queries, int value_dim);
 };

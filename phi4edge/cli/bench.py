@@ -3,6 +3,7 @@
 Writing a token reads every weight once, so its speed is bounded by the memory's.  Both are measured in the same run,
 because the speed of a memory changes with the machine's neighbours and temperature.  Loading is not in the times.
 
+With ``--profile``: where the time goes, see :mod:`phi4edge.cli.bench_profile`.
 With ``--quality``: how much a model still knows in fewer bits, see :mod:`phi4edge.cli.quality`.
 """
 
@@ -20,6 +21,7 @@ import typer
 import phi4edge
 from phi4edge import machine
 from phi4edge.cli import output
+from phi4edge.cli.bench_profile import profile_lines, profile_record, profile_run
 from phi4edge.cli.loading import load_model
 from phi4edge.cli.options import Json, ModelPath, Runtime
 from phi4edge.cli.quality import Quality, bench_quality
@@ -34,6 +36,7 @@ EXAMPLES = """
     phi4edge bench model.gguf
     phi4edge bench model.gguf -p 512 -n 64 -t 2
     phi4edge bench model.gguf -r 9 --json >> records.json
+    phi4edge bench model.gguf --profile
     phi4edge bench --quality nano --plot quality.svg
     phi4edge bench --quality nano --bits 4 --items 50 --json >> records.json
 """
@@ -73,14 +76,15 @@ def bench(
         int | None,
         typer.Option("--repetitions", "-r", metavar="N", min=1, help=f"Times to do both. [default: {_REPETITIONS}]"),
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Do both once more, and say where the time goes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure the speed of a model, or with --quality what it still knows in fewer bits."""
     if quality.quality is not None:
         if model is not None:
             raise UsageError("asks the checkpoint of its source", field="--quality", hint=f"leave '{model:.80}' out")
-        if (prompt_tokens, decode_tokens, repetitions) != (None, None, None):
-            raise UsageError("measures no speed", field="--quality", hint="leave -p, -n and -r out")
+        if (prompt_tokens, decode_tokens, repetitions) != (None, None, None) or profile:
+            raise UsageError("measures no speed", field="--quality", hint="leave -p, -n, -r and --profile out")
         bench_quality(quality, runtime, as_json=as_json)
         return
     from phi4edge.model import read_bandwidth
@@ -93,6 +97,9 @@ def bench(
         bandwidth = read_bandwidth(loaded.threads, _BANDWIDTH_BYTES, _BANDWIDTH_SECONDS)
         record = bench_record(loaded, timings, bandwidth, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
         record["peak_memory_bytes"] = peak
+        if profile:
+            profiles = profile_run(loaded.session(), prompt(loaded, prompt_tokens), decode_tokens)
+            record["profile"] = profile_record(profiles, loaded.isa, loaded.threads)
     if as_json:
         output.write_json(record)
     else:
@@ -101,7 +108,7 @@ def bench(
 
 def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: int) -> Measured:
     """Times ``repetitions`` runs from an empty cache, after one short run that does not count."""
-    tokens = random.Random(0).choices(range(model.config.vocab_size), k=prompt_tokens)
+    tokens = prompt(model, prompt_tokens)
     session = model.session()
     timings = Measured()
     _run_once(session, tokens[:16], min(4, decode_tokens), Measured())
@@ -113,6 +120,11 @@ def measure(model: Model, prompt_tokens: int, decode_tokens: int, repetitions: i
             f"decode {decode_tokens / timings.decode[-1]:.1f} tokens/s"
         )
     return timings
+
+
+def prompt(model: Model, n_tokens: int) -> list[int]:
+    """Tokens at random, the same ones each time."""
+    return random.Random(0).choices(range(model.config.vocab_size), k=n_tokens)
 
 
 def _run_once(session: Session, tokens: Sequence[int], decode_tokens: int, timings: Measured) -> None:
@@ -171,6 +183,7 @@ def bench_lines(record: dict[str, Any]) -> list[str]:
         f"memory       {output.bytes_text(record['bytes_per_token'])} per token, {needed / 1e9:.1f} GB/s of "
         f"{record['memory_bytes_per_second'] / 1e9:.1f} GB/s: {record['share_of_memory_speed']:.0%}",
         f"peak memory  {'unknown' if peak is None else output.bytes_text(peak)}",
+        *(profile_lines(record["profile"]) if "profile" in record else ()),
     ]
 
 

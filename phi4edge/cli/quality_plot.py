@@ -17,9 +17,9 @@ _FIELD = "--plot"
 _TITLE = "Exactly right answers of each kind, and divergence from float32, by bits per weight"
 _INCHES = (8.0, 6.4)  # at 100 pixels each
 # Of Okabe and Ito, for all kinds of eyes; a yellow that is too light on white is left out.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
-_STYLE: Any = {  # Any: whether matplotlib and its types are there or not
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+STYLE: Any = {  # Any: whether matplotlib and its types are there or not
     "svg.fonttype": "none",  # text as text, in the reader's font
     "svg.hashsalt": "phi4edge",  # the same file for the same results
     "font.family": "sans-serif",
@@ -66,7 +66,7 @@ class Plot:
         results = [each for each in document["results"] if each["compares"] == "bits"]
         by_bits = sorted(results, key=lambda each: float(each["bits_per_weight"]))
         places = {name: place for place, name in enumerate(dict.fromkeys(each["backbone"] for each in by_bits))}
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = self._new_figure(figsize=_INCHES, layout="constrained")
             above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
             _draw_shares(above, results, places)
@@ -81,7 +81,7 @@ class Plot:
 
 def _draw_shares(axes: Any, results: Results, places: Mapping[str, int]) -> None:
     for number, family in enumerate(results[0]["families"]):
-        name, color = family["family"], _COLORS[number % len(_COLORS)]
+        name, color = family["family"], COLORS[number % len(COLORS)]
         for merged in (True, False):  # the line with the label comes last, on top
             shares = {
                 result["backbone"]: 100 * found["n_right"] / found["n"]
@@ -90,7 +90,7 @@ def _draw_shares(axes: Any, results: Results, places: Mapping[str, int]) -> None
                 if found["family"] == name
             }
             label = "" if merged else f"{name} ({family['n']})"
-            _draw(axes, shares, places, color, _MARKERS[number % len(_MARKERS)], merged=merged, label=label)
+            _draw(axes, shares, places, color, MARKERS[number % len(MARKERS)], merged=merged, label=label)
     axes.set_ylabel("exactly right answers, %")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 

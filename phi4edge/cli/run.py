@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +40,7 @@ EXAMPLES = """
     phi4edge run BUNDLE --image chart.png --audio question.wav
     phi4edge run BUNDLE "What happens?" --video clip.mp4 --frames 8
     phi4edge run model.gguf --raw "Once upon a time" --max-tokens 64
+    phi4edge run BUNDLE --prompts requests.jsonl --together 8 > answers.jsonl
 """
 
 _LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and an end to `yes | phi4edge run`
@@ -66,15 +68,42 @@ def run(
             rich_help_panel="The answer",
         ),
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Many requests: a JSON object in each line, {"prompt": TEXT or MESSAGES, "max_tokens": 64, ...}. '
+            "Writes a line of JSON for each, in their order.",
+            rich_help_panel="Many requests",
+        ),
+    ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="So many of --prompts are answered at the same time. [default: 4]",
+            rich_help_panel="Many requests",
+            show_default=False,
+        ),
+    ] = None,
     context: Context = None,
     stats: Stats = False,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt.
+    """Answer one prompt, or a file of them.
 
     With one argument alone, that is the PROMPT, unless it exists, ends in .gguf, begins with a directory or is a single
     word as files are named: then it is the MODEL.  To ask the embedded model one word, name it: run nano Hello.
     """
+    if together is not None and prompts is None:
+        raise UsageError("there are no --prompts", field="--together", hint="give a file of them")
+    if prompts is not None:
+        has_media = attachments.image or attachments.audio or attachments.video
+        if prompt is not None or raw or system is not None or has_media:
+            problem = "the prompts are in the file, with their system messages, images and sounds"
+            raise UsageError(problem, field="--prompts", hint="give the model and options of the answer alone")
+        _run_many(prompts, 4 if together is None else together, model, sampling, adaptation, runtime, context, stats)
+        return
     model, prompt = model_and_prompt(model, prompt)
     if raw and system is not None:
         raise UsageError("a raw prompt has no place for a system message", field="--system", hint="leave it out")
@@ -109,6 +138,29 @@ def run(
                 output.hint("[cut; --max-tokens or --context allow more]")
         for line in answers.stats_lines(answer) if stats else ():
             output.note(line)
+
+
+def _run_many(
+    path: Path,
+    at_once: int,
+    model: str | None,
+    sampling: Sampling,
+    adaptation: Adaptation,
+    runtime: Runtime,
+    context: int | None,
+    stats: bool,
+) -> None:
+    from phi4edge.cli.run_many import answer_all, read_requests
+    from phi4edge.together import MOST_AT_ONCE
+
+    if not 1 <= at_once <= MOST_AT_ONCE:
+        raise UsageError(f"is {at_once}, expected 1 to {MOST_AT_ONCE}", field="--together")
+    config, requests = sampling.config(), read_requests(path)
+    with load_model(model, runtime, context=context) as loaded:
+        adapter = None if adaptation.adapter is None else load_adapter(loaded, adaptation.adapter)
+        answer_all(
+            loaded, requests, config, at_once, stats=stats, adapter=adapter, adapter_scale=adaptation.adapter_scale
+        )
 
 
 def _messages(content: Any, system: str | None) -> list[Message]:

@@ -1,0 +1,53 @@
+#include "decoder/scratch.h"
+
+#include <algorithm>
+
+#include "decoder/kv_cache.h"
+
+namespace phi4edge {
+namespace {
+
+int64_t q_dim(const ModelConfig& c) { return c.n_heads * c.head_dim; }
+int64_t kv_dim(const ModelConfig& c) { return c.n_kv_heads * c.head_dim; }
+
+AlignedArray<float> rows(int64_t n_columns) {
+  return allocate_aligned<float>(size_t(kMaxRows) * size_t(n_columns), "activations");
+}
+
+size_t attention_scratch(const ModelConfig& config, const KernelTable& kernels) {
+  const int n_queries = int(kQueryTokens * (config.n_heads / config.n_kv_heads));
+  size_t kernel_bytes = 0;
+  for (const KvFormat& format : kv_formats()) {
+    const int value_dim = int(KvCache::value_dim_for(config, format.type));
+    kernel_bytes = std::max(kernel_bytes, kernels.attention_scratch_bytes(n_queries, value_dim));
+  }
+  return kernel_bytes + size_t(n_queries) * (2 * size_t(config.head_dim) * sizeof(float) + 2 * sizeof(int64_t)) +
+         8 * kCacheLine;
+}
+
+}  // namespace
+
+Scratch::Scratch(const ModelConfig& config, const KernelTable& kernels, int n_threads)
+    : x(rows(config.hidden_size)),
+      normed(rows(config.hidden_size)),
+      qkv(rows(q_dim(config) + 2 * kv_dim(config))),
+      attention(rows(q_dim(config))),
+      gate_up(rows(2 * config.ffn_size)),
+      ffn(rows(config.ffn_size)),
+      delta(rows(config.hidden_size)),
+      activations(kMaxRows, widest_input(config)) {
+  const size_t n_bytes = std::max(kernels.matmul_scratch_bytes(kMaxRows), attention_scratch(config, kernels));
+  for (int thread = 0; thread < n_threads; ++thread) {
+    thread_scratch.push_back(allocate_aligned<uint8_t>(n_bytes, "scratch"));
+  }
+}
+
+int64_t Scratch::widest_input(const ModelConfig& c) { return std::max({c.hidden_size, q_dim(c), c.ffn_size}); }
+
+uint64_t Scratch::n_bytes(const ModelConfig& c) {
+  const int64_t floats = 3 * c.hidden_size + 2 * q_dim(c) + 2 * kv_dim(c) + 3 * c.ffn_size + c.rope.n_dims;
+  const int64_t quantized = 2 * widest_input(c);  // codes and side arrays: 1.75 bytes a value
+  return size_t(kMaxRows) * size_t(floats * int64_t(sizeof(float)) + quantized) + size_t(c.vocab_size) * sizeof(float);
+}
+
+}  // namespace phi4edge

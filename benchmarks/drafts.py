@@ -2,13 +2,13 @@
 
 ``python -m benchmarks.drafts MODEL -n 128 -t 2 -r 5 --record benchmarks/records/drafts.jsonl``
 
-A case is a prompt with a text to copy, one with a text to copy with changes, or one with neither.  The model writes -n
-greedy tokens, of which the time without the prefill counts; a round is one answer of each kind.  The two answers have to
-be the same, or the benchmark fails.
+A case is a prompt with a text to copy, one with a text to copy with changes, or one with neither.  The model writes
+-n greedy tokens, of which the time without the prefill counts; a round is one answer of each kind.  The two answers
+have to be the same, or the benchmark fails.
 
-A model of random weights copies nothing.  With --forced the answer is given: each token is still computed, chosen by the
-model and compared, but the one of the given answer goes on.  That is the time of a model which writes this answer.  The
-tokens of a forced answer are words and marks, numbered as they come, whatever the tokenizer.
+A model of random weights copies nothing.  With --forced the answer is given: each token is still computed, chosen by
+the model and compared, but the one of the given answer goes on.  That is the time of a model which writes this answer.
+The tokens of a forced answer are words, marks and spaces, numbered as they come, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def forced(model: phi4edge.Model, session: phi4edge.Session, case: Case, n_token
     """What the model chooses while the answer of the case is written."""
     numbers: dict[str, int] = {}
     prompt, answer = (
-        [numbers.setdefault(word, 10 + len(numbers)) for word in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]
+        [numbers.setdefault(word, 10 + len(numbers)) for word in re.findall(r" ?\w+| ?[^\w\s]|\n| +", text)]
         for text in (case.prompt, case.answer)
     )
     if len(numbers) + 10 > model.config.vocab_size:

@@ -19,38 +19,46 @@ if TYPE_CHECKING:
     from phi4edge.expanded import Key
 
 _FIRST = 3  # tokens of the first draft: with the token before it, as many as a kernel takes at once
-_SIZES = (3, 2)  # tokens that must be the same as before; the first that were are taken
+_SIZES = (3, 2)  # tokens that must be the same for a place to be found; the first size that is found counts
 _NO_TOKEN = -1  # in the place of a row of an image or a sound
 
 
 class Repeats:
-    """A sequence, and where its last tokens were before.  Each token takes the same time, however long it is."""
+    """A sequence, and where its last tokens came before.  Each token takes the same time, however long it is.
+
+    A place that was found is followed as long as the sequence goes on as it did there: a later place where two or three
+    tokens are the same is a worse guess than one where many are.
+    """
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._n_text = 0  # tokens since the last row of an image or a sound
+        self._at: int | None = None  # of the token that comes next, if it goes on as before
         # Tokens -> where the one after them is, when they came last.  The end of the sequence has none after it.
         self._after: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in _SIZES}
 
     def add(self, key: Key) -> None:
         if not isinstance(key, int):
             self._tokens.append(_NO_TOKEN)
-            self._n_text = 0
+            self._n_text, self._at = 0, None
             return
         for size, after in self._after.items():
             if self._n_text >= size:
                 after[tuple(self._tokens[-size:])] = len(self._tokens)
         self._tokens.append(key)
         self._n_text += 1
+        if self._at is not None and self._tokens[self._at] == key:
+            self._at += 1
+        else:
+            self._at = next((at for size in _SIZES if (at := self._last(size)) is not None), None)
 
     def continuation(self, n_most: int) -> list[int]:
         """What came after the last tokens when they came before; it may run on into itself, but not into media."""
-        at = next((at for size in _SIZES if (at := self._last(size)) is not None), None)
-        if at is None:
-            return []
         found: list[int] = []
         n_known = len(self._tokens)
-        for i in range(at, at + n_most):
+        if self._at is None:
+            return found
+        for i in range(self._at, self._at + n_most):
             token = self._tokens[i] if i < n_known else found[i - n_known]
             if token == _NO_TOKEN:
                 break

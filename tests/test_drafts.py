@@ -74,21 +74,36 @@ def random_prompt(seed: int, n_tokens: int = 40) -> list[int]:
 # --- the guesses
 
 
-def scanned(keys: Sequence[Key], n_most: int) -> list[int]:
-    """The continuation, found by looking at every position, the last first."""
-    for size in (3, 2):
-        last = list(keys[-size:])
-        if len(last) < size or not all(isinstance(key, int) for key in last):
-            continue
-        for at in range(len(keys) - 1, size - 1, -1):
-            if list(keys[at - size : at]) == last and isinstance(keys[at], int):
-                text = list(keys)
-                for i in range(at, at + n_most):
-                    if not isinstance(text[i], int):
-                        break
-                    text.append(text[i])
-                return text[len(keys) :]  # type: ignore[return-value]
-    return []
+class Scan:
+    """The same as Repeats, by looking at every position, the last first."""
+
+    def __init__(self) -> None:
+        self.keys: list[Key] = []
+        self.at: int | None = None
+
+    def add(self, key: Key) -> None:
+        follows = isinstance(key, int) and self.at is not None and self.keys[self.at] == key
+        self.keys.append(key)
+        self.at = self.at + 1 if follows and self.at is not None else self.found()
+
+    def found(self) -> int | None:
+        for size in (3, 2):
+            last = self.keys[-size:]
+            if len(last) < size or not all(isinstance(key, int) for key in last):
+                continue
+            for at in range(len(self.keys) - 1, size - 1, -1):
+                if self.keys[at - size : at] == last and isinstance(self.keys[at], int):
+                    return at
+        return None
+
+    def continuation(self, n_most: int) -> list[Key]:
+        text = list(self.keys)
+        for i in range(n_most if self.at is not None else 0):
+            key = text[self.at + i]  # type: ignore[operator]
+            if not isinstance(key, int):
+                break
+            text.append(key)
+        return text[len(self.keys) :]
 
 
 @pytest.mark.parametrize("n_letters", [1, 2, 3, 6, 20])
@@ -97,16 +112,25 @@ def test_a_continuation_is_what_a_scan_of_the_whole_sequence_finds(n_letters: in
     rng = np.random.default_rng(n_letters)
     n_found = 0
     for _ in range(6):
-        keys: list[Key] = []
-        repeats = Repeats()
+        repeats, scan = Repeats(), Scan()
         for row in range(80):
-            keys.append((b"image", row % 3) if rng.random() < media_share else int(rng.integers(n_letters)))
-            repeats.add(keys[-1])
+            key: Key = (b"image", row % 3) if rng.random() < media_share else int(rng.integers(n_letters))
+            repeats.add(key)
+            scan.add(key)
             n_most = int(rng.integers(1, 9))
             found = repeats.continuation(n_most)
-            assert found == scanned(keys, n_most)
+            assert found == scan.continuation(n_most)
             n_found += bool(found)
     assert n_found > 20
+
+
+def test_a_place_is_followed_while_the_text_goes_on_as_there() -> None:
+    repeats = Repeats()
+    for key in [1, 2, 3, 4, 5, 6, 9, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6]:
+        repeats.add(key)
+    assert repeats.continuation(3) == [9, 4, 5]  # although 7 came after the last 4, 5, 6
+    repeats.add(8)
+    assert repeats.continuation(3) == []
 
 
 def test_media_are_neither_matched_nor_guessed() -> None:

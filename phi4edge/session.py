@@ -96,8 +96,9 @@ class Session:
         steps take what was computed as long as they have the same tokens.
         """
         if self._ahead and self._ahead[0][0] == token:
-            known, row = self._ahead.popleft()
+            known, row = self._ahead[0]
             self._keys.append(known)
+            self._ahead.popleft()
             return row
         ids = self._prepared(token_ids([token, *draft]))
         rows = self._core.extend(np.array(ids, dtype=np.int32), "all" if draft else "last", progress)

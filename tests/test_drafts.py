@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,7 +23,7 @@ from phi4edge.errors import Cancelled, InputError, UsageError
 from phi4edge.expanded import Key
 from phi4edge.session import Growth, Session
 from processes import run
-from tiny_models import tiny_gguf
+from tiny_models import PURE_FILE_TYPES, tiny_gguf
 
 N_VOCAB = 359  # without unused ids, which are never chosen
 BOUNDARY = 64
@@ -55,10 +57,10 @@ def told(answer: phi4edge.Generation) -> dict[str, Any]:
     return dataclasses.asdict(answer) | {"timings": None, "usage": usage, "encoders": None}
 
 
-def both(model: phi4edge.Model, prompt: Any, **options: Any) -> phi4edge.Usage:
+def both(model: phi4edge.Model, prompt: Any, draft_tokens: int = 7, **options: Any) -> phi4edge.Usage:
     """Asserts that an answer is the same with and without drafts; the usage of the one with."""
     seen = []
-    for n_most in (0, 7):
+    for n_most in (0, draft_tokens):
         session = model.session()
         pieces = list(model.stream(prompt, session=session, draft_tokens=n_most, **options))
         assert model.last is not None
@@ -175,6 +177,27 @@ def test_a_draft_is_never_longer_than_there_is_room_and_ends_before_an_end() -> 
     assert lengths(Drafts([1] * 9, 0, ()), [1] * 9) == []
 
 
+# --- what it rests on
+
+
+@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("file_type", PURE_FILE_TYPES)
+def test_a_token_gets_the_same_bits_however_many_are_computed_together(file_type: str, isa: str, models: Path) -> None:
+    core = _core.Model(_core.GgufFile(tiny_gguf(models, file_type, rotary_fraction=0.75)), 1, isa)
+    tokens = np.random.default_rng(2).integers(0, 512, 52).astype(np.int32)
+    for kv_type in _core.kv_types() if file_type == "Q8_0" else ["f16"]:
+        rows = {}
+        for n_together in (1, 2, 4, 8, 17):
+            session = _core.Session(core, 64, kv_type=kv_type)
+            session.extend(tokens[:35], logits="none")
+            steps = range(35, 52, n_together)
+            rows[n_together] = np.concatenate([session.extend(tokens[at : at + n_together], "all") for at in steps])[
+                :17
+            ]
+        for n_together, found in rows.items():
+            np.testing.assert_array_equal(found, rows[1], err_msg=f"{n_together} together, {kv_type}")
+
+
 # --- the answers
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -193,6 +216,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_answers_are_the_same_with_and_without_drafts(options: dict[str, Any], model: phi4edge.Model) -> None:
     n_accepted = [both(model, random_prompt(seed), max_tokens=60, **options).accepted_tokens for seed in (0, 1)]
     assert sum(n_accepted) > 0
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 2, 12, 64])
+def test_drafts_of_any_length_change_nothing(draft_tokens: int, model: phi4edge.Model) -> None:
+    for options in (OPTIONS["three letters"], {"logit_bias": {70: 60.0}}):
+        usage = both(model, random_prompt(2), draft_tokens, max_tokens=150, **options)
+    assert usage.accepted_tokens > 150 * draft_tokens / (draft_tokens + 1) - 80
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 9, 30])
@@ -368,3 +398,12 @@ def test_the_command_line_turns_drafts_off_and_tells_of_them(models: Path) -> No
     refused = run(*command, "--draft-tokens", "65")
     error = json.loads(refused.stdout)["error"]
     assert refused.returncode == 2 and error["field"] == "--draft-tokens" and "0 to 64" in error["message"]
+
+
+def test_the_benchmark_compares_equal_answers_and_sees_copies(model: phi4edge.Model) -> None:
+    benchmark: Any = importlib.import_module("benchmarks.drafts")
+    options = argparse.Namespace(forced=True, n_tokens=100, draft_tokens=7, rounds=1)
+    for name, case in benchmark.CASES.items():
+        result = benchmark.as_case(benchmark.compare(model, case, options))
+        assert result["n_decoded"] == 99
+        assert (result["accepted"] > 50) == (name != "new")

@@ -28,7 +28,7 @@ from tiny_models import PURE_FILE_TYPES, tiny_gguf
 N_VOCAB = 359  # without unused ids, which are never chosen
 BOUNDARY = 64
 # A text over three letters repeats itself all the time, and goes on otherwise as often: drafts of every outcome.
-THREE_LETTERS = {"logit_bias": {ord("c") - 33 + i: 40.0 for i in range(3)}, "temperature": 1.0}
+THREE_LETTERS: dict[str, Any] = {"logit_bias": {ord("c") - 33 + i: 40.0 for i in range(3)}, "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def both(model: phi4edge.Model, prompt: Any, draft_tokens: int = 7, **options: A
         pieces = list(model.stream(prompt, session=session, draft_tokens=n_most, **options))
         assert model.last is not None
         seen.append((pieces, told(model.last), session.tokens))
-    assert seen[1] == seen[0]
+    assert model.last is not None and seen[1] == seen[0]
     return model.last.usage
 
 
@@ -332,7 +332,7 @@ def test_what_changes_the_sequence_forgets_the_draft(model: phi4edge.Model) -> N
 
 
 def test_an_answer_that_is_left_within_a_draft_leaves_the_same_sequence(model: phi4edge.Model) -> None:
-    options = {"max_tokens": 40, "logit_bias": {70: 60.0}, "logprobs": 1}
+    options: dict[str, Any] = {"max_tokens": 40, "logit_bias": {70: 60.0}, "logprobs": 1}
     for n_pieces in range(1, 14):
         seen = []
         for n_most in (0, 7):
@@ -347,7 +347,7 @@ def test_an_answer_that_is_left_within_a_draft_leaves_the_same_sequence(model: p
 
 
 def test_cancelling_and_overtaking_within_a_draft_take_effect_at_the_next_token(model: phi4edge.Model) -> None:
-    options = {"max_tokens": 40, "logit_bias": {70: 60.0}}
+    options: dict[str, Any] = {"max_tokens": 40, "logit_bias": {70: 60.0}}
     prompt = [70, 71, 72] * 9
     for n_pieces in range(1, 9):
         session = model.session()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from phi4edge.drafts import Drafts
 from phi4edge.expanded import Expanded
 from phi4edge.generation import FinishReason, Generation, GenerationConfig, Piece, Timings, TokenLogprob, Usage
 from phi4edge.media import EncoderRun
@@ -73,6 +74,7 @@ class Answer:
         self._stop_tokens = tokenizer.stop_ids | frozenset(config.stop_tokens)
         self._decoder = tokenizer.stream_decoder(continues=continues)
         self._stops = StopStrings(config.stop)
+        self._drafts = Drafts(request.prompt.keys, config.draft_tokens, self._stop_tokens)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
@@ -95,6 +97,10 @@ class Answer:
         """Once the prompt is computed."""
         self.request = replace(self.request, prompt=self.request.prompt.without_data())
 
+    def draft(self, room: int) -> list[int]:
+        """Tokens that may come after the last one, at most ``room`` and not more than the answer may still have."""
+        return self._drafts.propose(min(room, self._n_most - len(self.tokens) - 1))
+
     def next_piece(self, logits: npt.NDArray[np.float32]) -> Piece | None:
         """Takes one more token; the text that became certain by it, or None."""
         sample = self.sampler.sample(logits)
@@ -103,6 +109,7 @@ class Answer:
             return self._piece(self._stops.push(self._decoder.flush()) + self._stops.flush())
         self.sampler.accept(sample.token)
         self.tokens.append(sample.token)
+        self._drafts.add(sample.token)
         if self._config.logprobs:
             self._logprobs.append(TokenLogprob(sample.token, sample.logprob, tuple(sample.top)))
         text = self._stops.push(self._decoder.push(sample.token))
@@ -129,7 +136,15 @@ class Answer:
             text="".join(self._text),
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason or "cancelled",
-            usage=Usage(n_prompt, self.cached_tokens, len(self.tokens), prompt.n_tokens(IMAGE), prompt.n_tokens(AUDIO)),
+            usage=Usage(
+                n_prompt,
+                self.cached_tokens,
+                len(self.tokens),
+                prompt.n_tokens(IMAGE),
+                prompt.n_tokens(AUDIO),
+                self._drafts.n_proposed,
+                self._drafts.n_right,
+            ),
             timings=Timings(
                 load_seconds=load_seconds,
                 prefill_seconds=self.prefill_seconds,

@@ -19,6 +19,7 @@ _INTEGERS = {  # inclusive
     "top_k": (0, 2**31 - 1),
     "penalty_window": (-1, 2**31 - 1),
     "logprobs": (0, 100),
+    "draft_tokens": (0, 64),  # each takes a row of logits
 }
 _NUMBERS = {  # inclusive
     "temperature": (0.0, 100.0),
@@ -56,6 +57,7 @@ class GenerationConfig:
     stop: Sequence[str] = ()  # texts that end the answer; they are not part of it
     stop_tokens: Sequence[int] = ()  # in addition to the tokens with which the model ends an answer
     logprobs: int = 0  # for each token, this many alternatives with their log-probability; 0: no log-probabilities
+    draft_tokens: int = 7  # guessed ahead at most, where the text repeats itself; the answer is the same. 0: off
 
     def __post_init__(self) -> None:
         for name, limits in _INTEGERS.items():
@@ -182,6 +184,8 @@ class Usage:
     completion_tokens: int
     image_tokens: int = 0  # of the prompt
     audio_tokens: int = 0
+    drafted_tokens: int = 0  # guessed from what the text repeats, and computed before they were chosen
+    accepted_tokens: int = 0  # of those, the ones that were right; they are part of the answer
 
     def as_json(self) -> dict[str, int]:
         return {
@@ -190,6 +194,8 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "image_tokens": self.image_tokens,
             "audio_tokens": self.audio_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
         }
 
 

@@ -544,12 +544,14 @@ class Model:
                 session.require(turn)
                 # The caller's own time between two pieces is not ours.
                 step = time.perf_counter()
-                logits = session.extend(answer.tokens[-1:], progress=progress if session.computes_all_again() else None)
-                piece = answer.next_piece(logits[0])
+                shown = progress if session.computes_all_again() else None
+                logits = session.step(answer.tokens[-1], answer.draft(session.draft_room()), shown)
+                piece = answer.next_piece(logits)
                 answer.n_decoded += 1
                 answer.decode_seconds += time.perf_counter() - step
         finally:
             if session.turn is turn:
+                session.forget_draft()
                 self.last = answer.result(self._load_seconds)
 
     def _begin(self, session: Session, turn: object, answer: Answer, progress: Progress | None = None) -> Piece | None:

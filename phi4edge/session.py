@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,8 +57,10 @@ class Session:
     def __init__(self, core: _core.Session, model: _core.Model, growth: Growth) -> None:
         self._core = core
         self._keys: list[Key] = []
+        self._ahead: deque[tuple[int, npt.NDArray[np.float32]]] = deque()  # a draft: tokens, and the logits after each
         self._growth = growth
         self.model = model
+        self._original_context: int = model.config.rope.original_context  # 0: no LongRoPE
         self.turn = object()  # the answer that owns the sequence
         self.cancelled = False  # of the answer that owns it
 
@@ -94,6 +97,41 @@ class Session:
         self._keys += keys
         return rows
 
+    def step(self, token: int, draft: Sequence[int] = (), progress: Progress | None = None) -> npt.NDArray[np.float32]:
+        """Appends one token; the logits after it, float32 [vocab].  Raises what :meth:`extend` raises.
+
+        draft: tokens that may come after it, computed along with it.  They are no part of the sequence, but the next
+        steps take what was computed as long as they have the same tokens.
+        """
+        if self._ahead and self._ahead[0][0] == token:
+            known, row = self._ahead[0]
+            self._keys.append(known)
+            self._ahead.popleft()
+            return row
+        ids = self._prepared(token_ids([token, *draft]))
+        rows = self._core.extend(np.array(ids, dtype=np.int32), "all" if draft else "last", progress)
+        self._keys.append(ids[0])
+        self._ahead.extend(zip(ids[1:], rows[1:], strict=True))
+        first: npt.NDArray[np.float32] = rows[0]
+        return first
+
+    def draft_room(self) -> int:
+        """Tokens that a draft of the next :meth:`step` may have without more cost than its own.
+
+        It must not make the cache grow, nor the whole sequence be computed again (see LongRoPE).
+        """
+        n_next = len(self._keys) + 1
+        n_most = self._core.n_context
+        if self.computes_all_again():
+            return 0
+        if n_next <= self._original_context:
+            n_most = min(n_most, self._original_context)
+        return max(0, n_most - n_next)
+
+    def forget_draft(self) -> None:
+        """Gives the memory of a draft back."""
+        self._ahead.clear()
+
     def append(self, tokens: Sequence[int]) -> None:
         """Appends tokens which the next extension computes together with its own.  Raises InputError."""
         ids = self._prepared(token_ids(tokens))
@@ -110,7 +148,8 @@ class Session:
         """Makes the sequence ready for these."""
         if n_rows is not None and n_rows != len(keys):
             raise InputError(f"{n_rows} rows have {len(keys)} keys", field="keys")
-        self._core.truncate(len(self._keys))  # an interrupt may have come between a call and its keys
+        self.forget_draft()
+        self._core.truncate(len(self._keys))  # a draft, or an interrupt that came between a call and its keys
         self.reserve(len(self._keys) + len(keys))
         return keys
 
@@ -144,6 +183,7 @@ class Session:
     def truncate(self, n_tokens: int) -> None:
         if not 0 <= n_tokens <= len(self._keys):
             raise InputError(f"cannot keep {n_tokens} of {len(self._keys)} tokens")
+        self.forget_draft()
         del self._keys[n_tokens:]
         self._core.truncate(n_tokens)
 
@@ -164,6 +204,7 @@ class Session:
 
     def use(self, adapter: _core.Adapter | None, scale: float = 1.0) -> None:
         """The adapter for the whole sequence, from the next ``extend`` on, which computes again what was without it."""
+        self.forget_draft()
         self._core.set_adapter(adapter, scale)
 
     def cancel(self) -> None:

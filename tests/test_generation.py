@@ -32,6 +32,8 @@ BAD = [
     ("logit_bias", [1]),
     ("logit_bias", {-1: 0.0}),
     ("logprobs", -1),
+    ("draft_tokens", -1),
+    ("draft_tokens", 65),
 ]
 
 
@@ -57,5 +59,6 @@ def test_an_answer_becomes_json_even_with_impossible_tokens() -> None:
     answer = Generation("hi", (1,), "stop", Usage(3, 1, 1), Timings(), (TokenLogprob(1, -math.inf, ((2, -0.5),)),))
     document = json.loads(json.dumps(answer.as_json(), allow_nan=False))
     counts = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 1}
-    assert document["usage"] == counts | {"image_tokens": 0, "audio_tokens": 0}
+    others = ("image_tokens", "audio_tokens", "drafted_tokens", "accepted_tokens")
+    assert document["usage"] == counts | dict.fromkeys(others, 0)
     assert document["logprobs"][0]["logprob"] is None

@@ -68,6 +68,8 @@ def stats_lines(answer: Generation) -> list[str]:
         f"answer  {usage.completion_tokens} tokens, {timings.decode_seconds:.2f} s, "
         f"{timings.decode_rate:.1f} tokens/s; finish: {answer.finish_reason}",
     ]
+    if usage.drafted_tokens:
+        lines.append(f"drafts  {usage.drafted_tokens} tokens guessed, {usage.accepted_tokens} of them right")
     if usage.image_tokens or usage.audio_tokens:
         lines.append(
             f"media   {usage.image_tokens} image tokens, {usage.audio_tokens} audio tokens; "

@@ -248,6 +248,15 @@ class Sampling:
         int,
         typer.Option(metavar="N", help="Show the N likeliest tokens at each step.", rich_help_panel=_CHOICE),
     ] = 0
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Guess at most N tokens ahead where the text repeats itself, which is faster and changes no answer; "
+            "0 is off.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = 7
 
     def config(self) -> GenerationConfig:
         """These options as the library takes them; an error names the option."""

@@ -159,6 +159,7 @@ Adapter::Adapter(std::shared_ptr<Model> model, const gguf::File& file, uint64_t 
     update.b.push_back(panels_for(file, *target.b));
     update.parts.push_back({target.first_row, alpha / double(target.a->n_rows())});
     n_bytes_ += update.a.back().n_bytes() + update.b.back().n_bytes();
+    activation_scales_ |= phi4edge::activation_scales({&update.a.back(), 1});
     max_total_rank_ = std::max(max_total_rank_, update.total_rank());
     max_parts_ = std::max(max_parts_, update.parts.size());
     max_scale_ = std::max(max_scale_, update.parts.back().scale);

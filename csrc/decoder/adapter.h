@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "decoder/config.h"
+#include "decoder/ops.h"
 #include "decoder/panels.h"
 #include "gguf/gguf.h"
 
@@ -43,6 +44,7 @@ class Adapter {
   size_t max_parts() const { return max_parts_; }
   double max_scale() const { return max_scale_; }  // the largest alpha / rank
   size_t n_bytes() const { return n_bytes_; }
+  ActivationScales activation_scales() const { return activation_scales_; }  // of the inputs of all updates
 
  private:
   std::shared_ptr<Model> model_;
@@ -52,6 +54,7 @@ class Adapter {
   size_t max_parts_ = 0;
   double max_scale_ = 0.0;
   size_t n_bytes_ = 0;
+  ActivationScales activation_scales_ = 0;
 };
 
 }  // namespace phi4edge

@@ -18,8 +18,12 @@ Forward::Forward(Model& model, std::vector<Slice> slices)
       q_dim_(config_.n_heads * config_.head_dim),
       kv_dim_(config_.n_kv_heads * config_.head_dim),
       slices_(std::move(slices)),
-      counters_(n_loops()) {
+      counters_(n_loops()),
+      scales_(model.weights().activation_scales) {
   for (const Slice& slice : slices_) add_rows(slice);
+  for (const Group& group : groups_) {
+    if (group.adapter) scales_ |= group.adapter->activation_scales();
+  }
   std::stable_sort(tiles_.begin(), tiles_.end(),
                    [](const Tile& a, const Tile& b) { return a.position + a.n > b.position + b.n; });
   const size_t half = size_t(config_.rope.n_dims / 2);
@@ -193,10 +197,11 @@ void Forward::add_squares(Worker& worker, int64_t layer, Product product, const 
 // Quantises a row of the next product's input, or n_columns of it from a super-block on.  Kernels take rows as they were laid
 // out, so that an adapter which has not all of them gets its own once more.
 void Forward::quantize(const float* x, int64_t row, int64_t super_block, int64_t n_columns) {
-  scratch_.activations.quantize(x, super_block * n_rows() + row, n_rows(), n_columns, kernels_);
+  scratch_.activations.quantize(x, super_block * n_rows() + row, n_rows(), n_columns, scales_, kernels_);
   const Group& group = groups_[rows_[size_t(row)].group];
   if (!group.adapter || alone(group)) return;
-  group.low_rank->input().quantize(x, super_block * group.n_rows + row - group.first_row, group.n_rows, n_columns, kernels_);
+  group.low_rank->input().quantize(x, super_block * group.n_rows + row - group.first_row, group.n_rows, n_columns,
+                                   group.adapter->activation_scales(), kernels_);
 }
 
 // x += add (when there is one); then the quantised rms_norm(x) of all rows.
@@ -296,7 +301,7 @@ void Forward::run_head(Worker& worker, float* logits) {
   worker.share(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       normalize_row(head_rows_[size_t(i)], scratch_.delta.get(), w.output_norm, normed + i * hidden);
-      scratch_.activations.quantize(normed + i * hidden, i, n, hidden, kernels_);
+      scratch_.activations.quantize(normed + i * hidden, i, n, hidden, scales_, kernels_);
     }
   });
   worker.done(Operation::kNorm);

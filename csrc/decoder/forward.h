@@ -100,6 +100,7 @@ class Forward {
   std::vector<int64_t> head_rows_;    // whose logits are wanted
   std::vector<float> cosine_, sine_;  // [row][n_dims / 2]
   WorkCounters counters_;
+  ActivationScales scales_;  // that the weights and all adapters want
   std::atomic<bool> stop_{false};
 };
 

@@ -68,7 +68,8 @@ std::vector<double> time_multiply(const PanelMatrix& matrix, const float* x, int
   for (int64_t i = 0; i < n_copies; ++i) copies.push_back(copy_of(matrix));
   ActivationBuffer activations(n_tokens, matrix.n_columns);
   for (int64_t token = 0; token < n_tokens; ++token) {
-    activations.quantize(x + token * matrix.n_columns, token, n_tokens, matrix.n_columns, kernels);
+    activations.quantize(x + token * matrix.n_columns, token, n_tokens, matrix.n_columns, activation_scales({&matrix, 1}),
+                         kernels);
   }
   const Activations input = activations.view(n_tokens, matrix.n_columns, x, matrix.n_columns);
   const auto out = allocate_aligned<float>(size_t(n_tokens) * size_t(matrix.n_rows), "the products");

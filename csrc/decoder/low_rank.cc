@@ -28,8 +28,9 @@ void LowRank::add_b(Worker& worker, const KernelTable& kernels, const LowRankUpd
   for (size_t part = 0; part < update.parts.size(); ++part) {
     const int64_t rank = update.a[part].n_rows;
     ActivationBuffer& quantized = quantized_[size_t(worker.thread)][part];
-    for (int64_t t = 0; t < n_tokens && !update.b[part].format->is_float; ++t) {
-      quantized.quantize(hidden + t * total_rank, t, n_tokens, rank, kernels);
+    const ActivationScales scales = activation_scales({&update.b[part], 1});
+    for (int64_t t = 0; t < n_tokens && scales; ++t) {
+      quantized.quantize(hidden + t * total_rank, t, n_tokens, rank, scales, kernels);
     }
     add_product(worker, kernels, update.b[part], quantized.view(n_tokens, rank, hidden, total_rank),
                 float(scale * update.parts[part].scale), out + update.parts[part].first_row, out_stride);

@@ -43,7 +43,8 @@ void multiply(const PanelMatrix& matrix, const float* x, int64_t n_tokens, float
   pool.run([&](int thread) {
     Worker worker{thread, pool.size(), pool.barrier(), counters, scratch[size_t(thread)].get()};
     worker.share(n_tokens, 1, [&](int64_t token, int64_t) {
-      activations.quantize(x + token * matrix.n_columns, token, n_tokens, matrix.n_columns, kernels);
+      activations.quantize(x + token * matrix.n_columns, token, n_tokens, matrix.n_columns, activation_scales({&matrix, 1}),
+                           kernels);
     });
     worker.wait();
     matmul(worker, kernels, {&matrix, 1}, activations.view(n_tokens, matrix.n_columns, x, matrix.n_columns), out,

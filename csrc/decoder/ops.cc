@@ -14,6 +14,15 @@ size_t scales_of(int kind) { return kind == int(ActivationScale::kFor256) ? 1 : 
 
 }  // namespace
 
+ActivationScales activation_scales(std::span<const PanelMatrix> matrices) {
+  ActivationScales scales = 0;
+  for (const PanelMatrix& matrix : matrices) {
+    if (matrix.format->is_float) continue;
+    scales |= 1u << int(matrix.format->block_values == kSuperBlock ? ActivationScale::kFor256 : ActivationScale::kFor32);
+  }
+  return scales;
+}
+
 ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
   const size_t n = size_t(max_tokens) * size_t(super_blocks(max_columns));
   for (int kind = 0; kind < kActivationScaleCount; ++kind) {
@@ -32,8 +41,11 @@ QuantizedActivations ActivationBuffer::at(int kind, int64_t at) const {
           arrays.shifts.get() + at * 16, arrays.neg_sums.get() + at * 16, arrays.neg_sums32.get() + at * 8};
 }
 
-void ActivationBuffer::quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels) {
-  for (int kind = 0; kind < kActivationScaleCount; ++kind) kernels.quantize[kind](x, n_columns, n_tokens, this->at(kind, at));
+void ActivationBuffer::quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, ActivationScales scales,
+                                const KernelTable& kernels) {
+  for (int kind = 0; kind < kActivationScaleCount; ++kind) {
+    if (scales >> kind & 1) kernels.quantize[kind](x, n_columns, n_tokens, this->at(kind, at));
+  }
 }
 
 Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const {

@@ -61,6 +61,10 @@ struct Worker {
   }
 };
 
+// The ways in which activations are quantised for some matrices: bit s stands for ActivationScale s.
+using ActivationScales = unsigned;
+ActivationScales activation_scales(std::span<const PanelMatrix> matrices);
+
 // Room for the quantised activations of a batch of tokens.
 class ActivationBuffer {
  public:
@@ -68,7 +72,8 @@ class ActivationBuffer {
   ActivationBuffer(int64_t max_tokens, int64_t max_columns);
 
   // Quantises one of n_tokens tokens, or, with sb * n_tokens + token for `at`, n_columns of it from super-block sb on.
-  void quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, const KernelTable& kernels);
+  void quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, ActivationScales scales,
+                const KernelTable& kernels);
   Activations view(int64_t n_tokens, int64_t n_columns, const float* values, int64_t value_stride) const;
 
  private:

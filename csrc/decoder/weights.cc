@@ -88,6 +88,7 @@ Weights load_weights(const gguf::File& file, const ModelConfig& config, ThreadPo
     weights.layers[i].attention_norm = load_norm(file, layout.layers[i].attention_norm);
     weights.layers[i].ffn_norm = load_norm(file, layout.layers[i].ffn_norm);
   }
+  for (const PanelLoad& load : loads) weights.activation_scales |= activation_scales({load.matrix, 1});
   load_panels(file, loads, Values::kAny, pool, progress);
   return weights;
 }

@@ -7,6 +7,7 @@
 
 #include "base/thread_pool.h"
 #include "decoder/config.h"
+#include "decoder/ops.h"
 #include "decoder/panels.h"
 #include "gguf/gguf.h"
 
@@ -27,6 +28,8 @@ struct Weights {
   PanelMatrix head;       // empty (format == nullptr) when tied to the embedding
   std::vector<float> output_norm;
   std::vector<LayerWeights> layers;
+
+  ActivationScales activation_scales = 0;  // of all products
 
   const PanelMatrix& output_head() const { return head.format ? head : embedding; }
   size_t n_bytes() const;

@@ -62,7 +62,8 @@ void pack_blocks(const void* rows, int n_rows, int64_t n_columns, uint8_t* panel
   const int64_t n_blocks = n_columns / F::kValues;
   const auto* source = static_cast<const uint8_t*>(rows);
   uint8_t* lines = panel + header_bytes<F>(n_columns);
-  std::memset(panel, 0, quantized_panel_bytes<F>(n_columns));
+  if (n_rows < kPanelRows) std::memset(panel, 0, quantized_panel_bytes<F>(n_columns));
+  std::memset(panel + n_blocks * F::kScaleBytes, 0, size_t(lines - panel) - size_t(n_blocks * F::kScaleBytes));
   constexpr int kLineBytesPerBlock = F::kValues / 32 * F::Codes::kLines * kLineBytes;
   for (int64_t b = 0; b < n_blocks; ++b) {
     for (int row = 0; row < n_rows; ++row) {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace phi4edge {
 
@@ -22,13 +23,10 @@ template <int Low, int High>
 struct Planes {
   static constexpr int kLines = Low + High;  // per 32 columns
 
-  // Adds the 32 codes of one row to the (zeroed) lines of one block of columns.
+  // Puts the 32 codes of one row into the lines of one block of columns.
   static void pack(const uint8_t* codes, int row, uint8_t* lines) {
-    for (int column = 0; column < 32; ++column) {
-      const int group = column / 4, byte = 4 * row + column % 4;
-      put<Low>(codes[column] & ((1 << Low) - 1), group, lines + byte);
-      if constexpr (High > 0) put<High>(codes[column] >> Low, group, lines + Low * kLineBytes + byte);
-    }
+    put<Low, 0>(codes, lines + 4 * row);
+    if constexpr (High > 0) put<High, Low>(codes, lines + Low * kLineBytes + 4 * row);
   }
 
   // The codes of group G of a block of 32 columns, in the rows of one register.  `lines` points at this register's first row.
@@ -55,11 +53,20 @@ struct Planes {
     }
   }
 
-  template <int Bits>
-  static void put(int field, int group, uint8_t* byte_of_first_line) {
+  // A plane of Bits bits, which are bits From and up of the codes; four codes at a time.
+  template <int Bits, int From>
+  static void put(const uint8_t* codes, uint8_t* to) {
     constexpr int kGroupsPerLine = 8 / Bits;
-    uint8_t& byte = byte_of_first_line[group / kGroupsPerLine * kLineBytes];
-    byte = uint8_t(byte | field << (group % kGroupsPerLine * Bits));
+    constexpr uint32_t kMask = 0x01010101u * ((1u << Bits) - 1);
+    for (int line = 0; line < Bits; ++line) {
+      uint32_t all = 0;
+      for (int t = 0; t < kGroupsPerLine; ++t) {
+        uint32_t group;
+        std::memcpy(&group, codes + 4 * (line * kGroupsPerLine + t), 4);
+        all |= (group >> From & kMask) << (t * Bits);
+      }
+      std::memcpy(to + line * kLineBytes, &all, 4);
+    }
   }
 };
 

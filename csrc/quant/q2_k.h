@@ -32,7 +32,11 @@ struct Q2_K {
   static constexpr bool kSigned = false, kHasMin = true;
   static constexpr int kOffsetBits = -1, kSub = 16, kScaleBytes = 4 * kLineBytes + 64;  // nibbles: four lines; 2 x 16 halves
   static void codes(const Block& block, uint8_t* out) {
-    for (int i = 0; i < kValues; ++i) out[i] = block.q[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+    for (int part = 0; part < 8; ++part, out += 32) {
+      const uint8_t* q = block.q + part / 4 * 32;
+      const int shift = part % 4 * 2;
+      for (int i = 0; i < 32; ++i) out[i] = q[i] >> shift & 3;
+    }
   }
   static void pack_scales(const Block& block, int row, uint8_t* area) {
     for (int line = 0; line < 4; ++line) std::memcpy(area + line * kLineBytes + 4 * row, block.nibbles + 4 * line, 4);

@@ -34,9 +34,10 @@ struct Q3_K {
   static constexpr bool kSigned = false, kHasMin = false;
   static constexpr int kOffsetBits = 2, kSub = 16, kScaleBytes = 3 * kLineBytes + 32;  // packed: three lines; scale: 16 halves
   static void codes(const Block& block, uint8_t* out) {
-    for (int i = 0; i < kValues; ++i) {
-      const int low = block.low[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-      out[i] = uint8_t(low | (block.high[i % 32] >> (i / 32) & 1) << 2);
+    for (int part = 0; part < 8; ++part, out += 32) {
+      const uint8_t* low = block.low + part / 4 * 32;
+      const int shift = part % 4 * 2;
+      for (int i = 0; i < 32; ++i) out[i] = uint8_t((low[i] >> shift & 3) | (block.high[i] >> part & 1) << 2);
     }
   }
   static void pack_scales(const Block& block, int row, uint8_t* area) {

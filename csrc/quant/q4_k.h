@@ -78,7 +78,10 @@ struct Q4_K : SixBitPairs {
   static void codes(const Block& block, uint8_t* out) { split(block.q, out); }
 
   static void split(const uint8_t* q, uint8_t* out) {
-    for (int i = 0; i < kValues; ++i) out[i] = q[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15;
+    for (int part = 0; part < 4; ++part, q += 32, out += 64) {
+      for (int i = 0; i < 32; ++i) out[i] = q[i] & 15;
+      for (int i = 0; i < 32; ++i) out[32 + i] = q[i] >> 4;
+    }
   }
 };
 
@@ -104,7 +107,9 @@ struct Q5_K : SixBitPairs {
   static constexpr int kOffsetBits = -1;
   static void codes(const Block& block, uint8_t* out) {
     Q4_K::split(block.q, out);
-    for (int i = 0; i < kValues; ++i) out[i] = uint8_t(out[i] | (block.high[i % 32] >> (i / 32) & 1) << 4);
+    for (int part = 0; part < 8; ++part, out += 32) {
+      for (int i = 0; i < 32; ++i) out[i] = uint8_t(out[i] | (block.high[i] >> part & 1) << 4);
+    }
   }
 };
 

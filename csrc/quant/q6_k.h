@@ -30,10 +30,10 @@ struct Q6_K {
   static constexpr bool kSigned = false, kHasMin = false;
   static constexpr int kOffsetBits = 5, kSub = 16, kScaleBytes = 4 * kLineBytes + 32;  // s: four lines; scale: 16 halves
   static void codes(const Block& block, uint8_t* out) {
-    for (int i = 0; i < kValues; ++i) {
-      const int half = i / 128, v = i % 128;
-      const int low = block.low[64 * half + v % 64] >> (v / 64 * 4) & 15;
-      out[i] = uint8_t(low | (block.high[32 * half + v % 32] >> (v / 32 * 2) & 3) << 4);
+    for (int part = 0; part < 8; ++part, out += 32) {
+      const uint8_t *low = block.low + part / 4 * 64 + part % 2 * 32, *high = block.high + part / 4 * 32;
+      const int low_shift = part % 4 / 2 * 4, high_shift = part % 4 * 2;
+      for (int i = 0; i < 32; ++i) out[i] = uint8_t((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4);
     }
   }
   static void pack_scales(const Block& block, int row, uint8_t* area) {

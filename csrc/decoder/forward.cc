@@ -124,7 +124,7 @@ bool Forward::run_layer(Worker& worker, int64_t layer, Watch& watch) {
   worker.done(Operation::kNorm);
   worker.wait();
   if (stop_.load()) return false;  // written before the barrier: all threads leave together
-  project(worker, layer, Product::kQkv, s.normed.get(), s.qkv.get());
+  project(worker, layer, Product::kQkv, s.normed.get(), s.qkv.get(), q_dim_ + 2 * kv_dim_);
   worker.wait();
   store_keys_and_values(worker, layer);
   worker.done(Operation::kRopeAndStore);
@@ -137,26 +137,24 @@ bool Forward::run_layer(Worker& worker, int64_t layer, Watch& watch) {
   });
   worker.done(Operation::kAttention);
   worker.wait();
-  project(worker, layer, Product::kAttentionOutput, s.attention.get(), s.delta.get());
+  project(worker, layer, Product::kAttentionOutput, s.attention.get(), s.delta.get(), config_.hidden_size);
   worker.wait();
   normalize(worker, s.delta.get(), w.ffn_norm);
   worker.done(Operation::kNorm);
   worker.wait();
-  project(worker, layer, Product::kGateUp, s.normed.get(), s.gate_up.get());
+  project(worker, layer, Product::kGateUp, s.normed.get(), s.gate_up.get(), s.gate_up_stride);
   worker.wait();
   multiply_gate(worker);
   worker.done(Operation::kSilu);
   worker.wait();
-  project(worker, layer, Product::kDown, s.ffn.get(), s.delta.get());
+  project(worker, layer, Product::kDown, s.ffn.get(), s.delta.get(), config_.hidden_size);
   worker.wait();
   return true;
 }
 
 // One of the layer's products: out[row] = W x[row], x being quantised already; and what the adapters add to their rows.
-void Forward::project(Worker& worker, int64_t layer, Product product, const float* x, float* out) {
+void Forward::project(Worker& worker, int64_t layer, Product product, const float* x, float* out, int64_t out_stride) {
   const std::span<const PanelMatrix> matrices = model_.weights().layers[size_t(layer)].product(product);
-  int64_t n_out = 0;
-  for (const PanelMatrix& matrix : matrices) n_out += matrix.n_rows;
   const int64_t n_columns = matrices.front().n_columns;
   const Activations input = scratch_.activations.view(n_rows(), n_columns, x, n_columns);
   const auto update_of = [&](const Group& group) { return group.adapter ? group.adapter->update(layer, product) : nullptr; };
@@ -172,14 +170,14 @@ void Forward::project(Worker& worker, int64_t layer, Product product, const floa
                                alone(group) ? input : group.low_rank->input().view(group.n_rows, n_columns, rows, n_columns));
   }
   if (has_update) worker.done(Operation::kAdapterA);
-  matmul(worker, kernels_, matrices, input, out, n_out);
+  matmul(worker, kernels_, matrices, input, out, out_stride);
   worker.done(operation_of(product));
   if (!has_update) return;
   worker.wait();
   for (const Group& group : groups_) {
     const LowRankUpdate* update = update_of(group);
     if (!update) continue;
-    group.low_rank->add_b(worker, kernels_, *update, group.n_rows, group.scale, out + group.first_row * n_out, n_out);
+    group.low_rank->add_b(worker, kernels_, *update, group.n_rows, group.scale, out + group.first_row * out_stride, out_stride);
   }
   worker.done(Operation::kAdapterB);
 }
@@ -218,11 +216,8 @@ void Forward::normalize(Worker& worker, const float* add, const std::vector<floa
 
 void Forward::normalize_row(int64_t row, const float* add, const std::vector<float>& weight, float* out) {
   const int64_t hidden = config_.hidden_size;
-  float* x = scratch_.x.get() + row * hidden;
-  if (add) {
-    for (int64_t i = 0; i < hidden; ++i) x[i] += add[row * hidden + i];
-  }
-  rms_norm(x, weight.data(), hidden, config_.rms_epsilon, out);
+  kernels_.rms_norm(scratch_.x.get() + row * hidden, add ? add + row * hidden : nullptr, weight.data(), hidden,
+                    config_.rms_epsilon, out);
 }
 
 void Forward::store_keys_and_values(Worker& worker, int64_t layer) {
@@ -286,7 +281,7 @@ void Forward::multiply_gate(Worker& worker) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / n_super, sb = item % n_super, first = sb * kSuperBlock;
       const int64_t n_columns = std::min<int64_t>(kSuperBlock, ffn - first);
-      const float* gate = scratch_.gate_up.get() + row * 2 * ffn + first;
+      const float* gate = scratch_.gate_up.get() + row * scratch_.gate_up_stride + first;
       float* out = scratch_.ffn.get() + row * ffn + first;
       kernels_.silu_multiply(gate, gate + ffn, n_columns, out);
       quantize(out, row, sb, n_columns);

@@ -75,7 +75,7 @@ class Forward {
   size_t n_loops() const;
   void add_work(Profile& profile) const;
   bool run_layer(Worker& worker, int64_t layer, Watch& watch);  // false: told to stop
-  void project(Worker& worker, int64_t layer, Product product, const float* x, float* out);
+  void project(Worker& worker, int64_t layer, Product product, const float* x, float* out, int64_t out_stride);
   void add_squares(Worker& worker, int64_t layer, Product product, const float* x, int64_t n_columns);
   void run_head(Worker& worker, float* logits);
   void embed(Worker& worker);

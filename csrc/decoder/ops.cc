@@ -95,21 +95,6 @@ void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& 
   multiply_panels(worker, kernels, matrix, x, out, out_stride, true, factor);
 }
 
-void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out) {
-  double sum = 0;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {  // sixteen float sums at a time: exact enough, and the compiler vectorises it
-    float part[16];
-    for (int j = 0; j < 16; ++j) part[j] = x[i + j] * x[i + j];
-    float s = 0;
-    for (int j = 0; j < 16; ++j) s += part[j];
-    sum += double(s);
-  }
-  for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
-  const float factor = 1.0f / std::sqrt(float(sum / double(n)) + epsilon);
-  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
-}
-
 void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine) {
   const std::vector<float>& factors = use_long_factors ? rope.factors_long : rope.factors_short;
   for (int64_t i = 0; i < rope.n_dims / 2; ++i) {

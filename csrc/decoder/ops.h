@@ -94,9 +94,6 @@ void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMat
 void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
                  float* out, int64_t out_stride);
 
-// out = x / sqrt(mean(x^2) + epsilon) * weight
-void rms_norm(const float* x, const float* weight, int64_t n, float epsilon, float* out);
-
 // Cosines and sines of one position, [n_dims / 2] each, with the attention factor applied.
 void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine);
 // Rotates the leading n_dims of one head in place.

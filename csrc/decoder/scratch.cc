@@ -8,6 +8,7 @@ namespace phi4edge {
 namespace {
 
 int64_t q_dim(const ModelConfig& c) { return c.n_heads * c.head_dim; }
+int64_t gate_up_columns(const ModelConfig& c) { return 2 * c.ffn_size + int64_t(kCacheLine / sizeof(float)); }
 int64_t kv_dim(const ModelConfig& c) { return c.n_kv_heads * c.head_dim; }
 
 AlignedArray<float> rows(int64_t n_columns) {
@@ -32,9 +33,10 @@ Scratch::Scratch(const ModelConfig& config, const KernelTable& kernels, int n_th
       normed(rows(config.hidden_size)),
       qkv(rows(q_dim(config) + 2 * kv_dim(config))),
       attention(rows(q_dim(config))),
-      gate_up(rows(2 * config.ffn_size)),
+      gate_up(rows(gate_up_columns(config))),
       ffn(rows(config.ffn_size)),
       delta(rows(config.hidden_size)),
+      gate_up_stride(gate_up_columns(config)),
       activations(kMaxRows, widest_input(config)) {
   const size_t n_bytes = std::max(kernels.matmul_scratch_bytes(kMaxRows), attention_scratch(config, kernels));
   for (int thread = 0; thread < n_threads; ++thread) {

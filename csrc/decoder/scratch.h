@@ -25,7 +25,8 @@ struct Scratch {
 
   // [kMaxRows][..] each; qkv rows are the queries, keys and values of all heads, gate_up rows the gate and then up.
   AlignedArray<float> x, normed, qkv, attention, gate_up, ffn, delta;
-  ActivationBuffer activations;                       // the input of the next product, quantised
+  const int64_t gate_up_stride;  // a line more than a row: at multiples of 64 KiB rows would push each other out of the cache
+  ActivationBuffer activations;  // the input of the next product, quantised
   std::vector<AlignedArray<uint8_t>> thread_scratch;  // of each thread
 };
 

@@ -9,10 +9,17 @@ namespace {
 constexpr int kKeyBlock = 128;  // keys whose scores are held at once; blocks start at multiples of it, so that a query's
                                 // result does not depend on how the prompt was cut
 
-// A cache of numbers: halves or floats.
+// With few queries keys and values are read once, as fast as they come.
+PHI4EDGE_INLINE bool reads_once(const AttentionTask& task) { return task.n_queries <= V::kTileQueries; }
+
+// A cache of numbers: halves or floats.  Each of the two fetches what the other one reads next, which may lie behind the end.
 template <class E>
 struct NumberCache {
   static constexpr int64_t kBytes = sizeof(typename E::Block);
+
+  PHI4EDGE_INLINE static void prefetch(const void* from, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += kLineBytes) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, 0, 2);
+  }
 
   // acc[r][t] += q . k of N registers of keys, from register `part` on, and T queries
   template <int N, int T>
@@ -20,6 +27,10 @@ struct NumberCache {
                                          V::Floats (&acc)[N][T]) {
     const int64_t line = kPanelRows * kBytes, panel_bytes = line * task.head_dim;
     const auto* w = static_cast<const uint8_t*>(task.keys) + part / kParts * panel_bytes + part % kParts * V::kRows * kBytes;
+    if (reads_once(task)) {
+      const int64_t key_bytes = task.value_dim * kBytes;
+      prefetch(static_cast<const uint8_t*>(task.values) + part * V::kRows * key_bytes, N * V::kRows * key_bytes);
+    }
     float_tile<E, N, T>(w, line, panel_bytes, task.head_dim, queries, task.query_stride, acc);
   }
 
@@ -29,6 +40,11 @@ struct NumberCache {
                                          const float* weights, V::Floats (&acc)[N][T]) {
     const int64_t line = task.value_dim * kBytes;
     const auto* w = static_cast<const uint8_t*>(task.values) + first_key * line + part * V::kRows * kBytes;
+    if (reads_once(task)) {  // a share of the next block's keys with each register of dims
+      const int64_t share = kKeyBlock * V::kRows * kBytes;
+      prefetch(static_cast<const uint8_t*>(task.keys) + (first_key + kKeyBlock) * task.head_dim * kBytes + part * share,
+               N * share);
+    }
     float_tile<E, N, T>(w, line, kPanelRows * kBytes, n_keys, weights, kKeyBlock, acc);
   }
 };
@@ -102,7 +118,7 @@ PHI4EDGE_INLINE void key_scores(const AttentionTask& task, int64_t first_key, in
   constexpr int R = V::kTileParts;
   const int64_t first_part = first_key / V::kRows;
   const int n_parts = (n_keys + V::kRows - 1) / V::kRows;
-  for_token_tiles<V::kTileTokens>(task.n_queries, [&](auto tile, int64_t first) {
+  for_token_tiles<V::kTileQueries>(task.n_queries, [&](auto tile, int64_t first) {
     constexpr int T = tile.value;
     const auto run = [&](auto registers, int part) {
       constexpr int N = registers.value;
@@ -129,7 +145,7 @@ template <class Cache>
 PHI4EDGE_INLINE void add_values(const AttentionTask& task, int64_t first_key, int n_keys, const float* weights, float* out) {
   constexpr int R = V::kTileParts;
   const int n_parts = task.value_dim / V::kRows;
-  for_token_tiles<V::kTileTokens>(task.n_queries, [&](auto tile, int64_t first) {
+  for_token_tiles<V::kTileQueries>(task.n_queries, [&](auto tile, int64_t first) {
     constexpr int T = tile.value;
     const auto run = [&](auto registers, int part) {
       constexpr int N = registers.value;

@@ -23,6 +23,38 @@ PHI4EDGE_INLINE V::Floats exp(V::Floats x) {
   return V::as_floats(V::add(V::as_ints(p), V::shift_left(n, 23)));
 }
 
+// Sums of 256 squares are floats, and their sum is a double.
+void rms_norm(float* x, const float* add, const float* weight, int64_t n_values, float epsilon, float* out) {
+  constexpr int64_t kChunk = 256;
+  double sum = 0;
+  for (int64_t begin = 0; begin < n_values; begin += kChunk) {
+    const int64_t end = begin + kChunk < n_values ? begin + kChunk : n_values;
+    auto squares = V::set1(0.0f);
+    int64_t i = begin;
+    for (; i + V::kRows <= end; i += V::kRows) {
+      auto v = V::load(x + i);
+      if (add) {
+        v = V::add(v, V::load(add + i));
+        V::store(x + i, v);
+      }
+      squares = V::fma(v, v, squares);
+    }
+    float tail = 0;
+    for (; i < end; ++i) {
+      if (add) x[i] += add[i];
+      tail += x[i] * x[i];
+    }
+    sum += double(V::reduce_sum(squares)) + double(tail);
+  }
+  const float factor = 1.0f / __builtin_sqrtf(float(sum / double(n_values)) + epsilon);
+  const auto factors = V::set1(factor);
+  int64_t i = 0;
+  for (; i + V::kRows <= n_values; i += V::kRows) {
+    V::store(out + i, V::mul(V::mul(V::load(x + i), factors), V::load(weight + i)));
+  }
+  for (; i < n_values; ++i) out[i] = x[i] * factor * weight[i];
+}
+
 // x / (1 + e^-x) * up, with -x held below the overflow of exp().
 PHI4EDGE_INLINE V::Floats silu_times(V::Floats x, V::Floats up) {
   const auto zero = V::set1(0.0f);

@@ -3,7 +3,7 @@
 // the whole program, perhaps the one compiled for AVX-512.
 //
 // V has kRows 32-bit lanes (rows of a panel, or keys, or dims), kTileParts registers x kTileTokens tokens in a tile,
-// kDirectTokens tokens at a time where few are computed, and
+// kDirectTokens tokens at a time where few are computed, kTileQueries queries in a tile of attention, and
 //   Bytes (4 codes a lane), Ints, Floats
 //   load_bytes  store_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
 //   multiply_bytes(bytes, ints, n): each byte of a lane by the lane's integer, minus that integer << n (n < 0: not), modulo 256
@@ -83,6 +83,7 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   table.attention[int(KvType::kF32)] = attention<NumberCache<F32>>;
   table.attention[int(KvType::kQ8_0)] = attention<BlockCache>;
   table.silu_multiply = silu_multiply;
+  table.rms_norm = rms_norm;
   table.to_half = to_half;
   table.to_q8 = to_q8;
   table.repeat_dots = repeat_dots;

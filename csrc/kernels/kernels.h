@@ -92,6 +92,8 @@ struct KernelTable {
   // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
   void (*quantize[kActivationScaleCount])(const float* x, int64_t n_columns, int64_t n_tokens, const QuantizedActivations& out);
   void (*attention[kKvTypeCount])(const AttentionTask& task);
+  // x += add (where it is not null), then  out = x / sqrt(mean(x^2) + epsilon) * weight
+  void (*rms_norm)(float* x, const float* add, const float* weight, int64_t n_values, float epsilon, float* out);
   void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);
   void (*to_half)(const float* x, int64_t n_values, uint16_t* out);
   // Codes and half scales of 32 values each, as KvBlock has them; zeros fill up the last 32.

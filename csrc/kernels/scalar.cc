@@ -11,7 +11,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 1, kTileParts = 1, kTileTokens = 4, kDirectTokens = 4;
+  static constexpr int kRows = 1, kTileParts = 1, kTileTokens = 4, kDirectTokens = 4, kTileQueries = 4;
   static constexpr int kSignedBiasBits = -1;
   using Bytes = uint32_t;  // four codes
   using Ints = int32_t;

@@ -9,7 +9,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 8, kTileParts = 2, kTileTokens = 2, kDirectTokens = 4;
+  static constexpr int kRows = 8, kTileParts = 2, kTileTokens = 2, kDirectTokens = 4, kTileQueries = 4;
   static constexpr int kSignedBiasBits = -1;  // vpsignb moves the sign to the activation instead
   struct Bytes {
     __m256i v;

@@ -9,7 +9,7 @@ namespace phi4edge {
 namespace {
 
 struct V {
-  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 4, kDirectTokens = 8;
+  static constexpr int kRows = 16, kTileParts = 2, kTileTokens = 4, kDirectTokens = 8, kTileQueries = 8;
   static constexpr int kSignedBiasBits = 7;  // vpdpbusd wants unsigned weights: signed codes plus 128
   struct Bytes {
     __m512i v;

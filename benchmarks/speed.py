@@ -37,7 +37,9 @@ Values = dict[str, list[float]]  # quantity -> of each round
 ELSEWHERE = """rows of other scripts:
   python -m benchmarks.multimodal adapters     a switchable adapter next to a merged one
   python -m benchmarks.encoders                the encoders of images and sounds
-  sessions that decode together, and drafts from the prompt, have scripts of their own"""
+  python -m benchmarks.together                sequences that are decoded together
+  python -m benchmarks.drafts                  answers with drafts and without
+"""
 
 
 @dataclass

@@ -21,7 +21,11 @@ struct V {
     __m512 v;
   };
 
-  static Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Bytes load_bytes(const uint8_t* p) {
+    __m512i line = _mm512_loadu_si512(p);
+    asm("" : "+v"(line));  // or GCC loads it again for each of its groups
+    return {line};
+  }
   static void store_bytes(uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b.v); }
   static Bytes splat4(const int8_t* p) {
     int32_t dword;

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.against_llama_cpp import (
-    BANDWIDTH_BYTES,
     BUSY,
     REST_SECONDS,
     Series,
@@ -28,6 +27,7 @@ from benchmarks.against_llama_cpp import (
     commit,
     cpu_name,
 )
+from benchmarks.decoder_sides import BANDWIDTH_BYTES
 from phi4edge import _core
 
 ALONE = "alone"

@@ -58,6 +58,9 @@ class AdapterSet(Generic[Loaded]):
 
 def checked_scale(scale: object) -> float:
     """A finite number; UsageError otherwise."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise UsageError(f"must be a finite number, got {scale!r:.80}", field="adapter_scale")
-    return float(scale)
+    try:
+        if isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale):
+            return float(scale)
+    except OverflowError:  # an integer of hundreds of digits
+        raise UsageError("must be a finite number, got one too large", field="adapter_scale") from None
+    raise UsageError(f"must be a finite number, got {scale!r:.80}", field="adapter_scale")

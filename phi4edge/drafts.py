@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from phi4edge.expanded import Key
 
-_FIRST = 3  # tokens of the first draft: with the token before it, as many as a kernel takes at once
+_FIRST = 3  # tokens of the first draft: with the token before it, as many as the AVX2 kernel takes at once
 _SIZES = (3, 2)  # tokens that must be the same for a place to be found; the first size that is found counts
 _NO_TOKEN = -1  # in the place of a row of an image or a sound
 

@@ -74,7 +74,7 @@ class GenerationConfig:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the way past `frozen`, here only
 
-    def merged(self, **overrides: Any) -> GenerationConfig:
+    def merged(self, /, **overrides: Any) -> GenerationConfig:
         """This configuration with some fields replaced; an unknown field is a UsageError that lists similar ones."""
         names = [each.name for each in dataclasses.fields(self)]
         for name in overrides:

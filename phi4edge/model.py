@@ -415,6 +415,7 @@ class Model:
 
     def _answer(
         self,
+        /,
         prompt: Prompt,
         config: GenerationConfig | None = None,
         adapter: str | None = None,
@@ -477,8 +478,9 @@ class Model:
         """Ends the answer that another thread is generating, which raises Cancelled there, or generate_together()."""
         if self._session is not None:
             self._session.cancel()
-        if self._together is not None:
-            self._together.cancel()
+        together = self._together  # another thread may finish it meanwhile
+        if together is not None:
+            together.cancel()
 
     def _owned(self, session: Session) -> Session:
         if session.model is not self._core:

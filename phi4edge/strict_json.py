@@ -37,6 +37,8 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
                     f"has {status.st_size} bytes, more than the {at_most} expected at most", path=str(path)
                 )
             return file.read(at_most)
+    except ValueError as error:  # a name that no file can have
+        raise FileError("cannot be read: no file has such a name", path=repr(str(path))) from error
     except OSError as error:
         if isinstance(error, FileError):
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from phi4edge.answer import Answer
@@ -59,6 +60,8 @@ class Together:
         self._defaults = dict(defaults)
         self._running: list[_Running] = []
         self._waiting: tuple[int, Any] | None = None  # a request for which there was no memory
+        self._is_full = False  # until a sequence ends
+        self._lock = Lock()  # which session belongs to which request
         self._sessions: dict[int, Session] = {}  # of the requests that were begun, for cancel()
         self._idle: list[Session] = []
         self._cancelled: set[int] = set()
@@ -79,19 +82,19 @@ class Together:
 
         A request that has not begun when all are ended is never read, and nothing is told about it.
         """
-        if index is None:
-            self._all_cancelled = True
-            sessions = list(self._sessions.values())
-        else:
-            self._cancelled.add(index)
-            sessions = [self._sessions[index]] if index in self._sessions else []
-        for session in sessions:
-            session.cancel()
+        with self._lock:  # or the session may have another request by now
+            if index is None:
+                self._all_cancelled = True
+            else:
+                self._cancelled.add(index)
+            for begun, session in self._sessions.items():
+                if index is None or begun == index:
+                    session.cancel()
 
     def _run(self) -> Generator[tuple[int, Event], None, None]:
         more = True
         while more or self._running:
-            while more and len(self._running) < self._at_once:
+            while more and len(self._running) < self._at_once and not self._is_full:
                 request = self._waiting or (None if self._all_cancelled else next(self._requests, None))
                 self._waiting = None
                 if request is None:
@@ -103,19 +106,27 @@ class Together:
     def _begin(self, index: int, request: Any) -> Iterator[tuple[int, Event]]:
         """Prompts are computed one by one: each is as much work as many steps."""
         session = None
+        n_idle = len(self._idle)
         try:
             answer = self._work.answer(**self._defaults | _options(request))
             session = self._idle.pop() if self._idle else self._work.session()
-            self._sessions[index] = session
-            running = _Running(index, answer, session, session.begin())
+            with self._lock:
+                self._sessions[index] = session
+                running = _Running(index, answer, session, session.begin())
             self._require(index)
             piece = self._work.begin(session, running.turn, answer)
-        except Phi4EdgeError as error:
-            self._forget(index, session)
-            if isinstance(error, OutOfMemoryError) and self._running:  # there is as much as these have
-                self._waiting, self._at_once = (index, request), len(self._running)
+        except OutOfMemoryError as error:
+            self._forget(index, None)  # it may be the cache of this very session that is too large
+            self._idle.clear()
+            if n_idle > 0 or self._running:
+                self._waiting = (index, request)
+                self._is_full = n_idle == 0  # there is as much as those have that are running
             else:
                 yield index, error
+            return
+        except Phi4EdgeError as error:
+            self._forget(index, session)
+            yield index, error
             return
         self._running.append(running)
         yield from self._tell(running, piece)
@@ -165,12 +176,14 @@ class Together:
 
     def _end(self, running: _Running, event: Generation | Phi4EdgeError) -> tuple[int, Event]:
         self._running.remove(running)
+        self._is_full = False
         self._forget(running.index, running.session)
         return running.index, event
 
     def _forget(self, index: int, session: Session | None) -> None:
-        self._sessions.pop(index, None)
-        self._cancelled.discard(index)
+        with self._lock:
+            self._sessions.pop(index, None)
+            self._cancelled.discard(index)
         if session is not None:
             self._idle.append(session)  # the next prompt may begin as this one did
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import pty
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +17,13 @@ import pytest
 
 import phi4edge
 from nano_items import items, theirs
-from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, UsageError
+from phi4edge.answer import Answer
+from phi4edge.errors import Cancelled, FileError, InputError, OutOfMemoryError, Phi4EdgeError, UsageError
 from phi4edge.generation import Generation, GenerationConfig, Piece
 from phi4edge.quality_items import Item, families
 from phi4edge.session import Session
 from phi4edge.together import Together, Work
-from processes import is_one_error_line, run
+from processes import COMMAND, ROOT, is_one_error_line, run
 
 ITEMS = items()
 STORY = "Once upon a time there was"  # the model does not know it, and goes on for long
@@ -281,6 +286,44 @@ def test_requests_wait_while_there_is_no_memory_for_another_sequence(model: phi4
     assert [index for index, event in together if isinstance(event, Cancelled)] == list(range(n_fit + 1))
 
 
+def test_caches_that_are_idle_do_not_keep_a_request_from_its_memory(model: phi4edge.Model) -> None:
+    made: list[Session] = []
+    n_begun = 0
+
+    def session() -> Session:
+        made.append(model.session())
+        return made[-1]
+
+    def begin(session: Session, turn: object, answer: Answer) -> Piece | None:
+        nonlocal n_begun
+        n_begun += 1
+        if n_begun > 2 and session in made[:2]:  # the third does not fit beside what these have
+            raise OutOfMemoryError("the KV cache does not fit")
+        return model._begin(session, turn, answer)
+
+    work = Work(model._answer, session, begin, 0.0)
+    answers = Together([STORY] * 3, work, 2, {"max_tokens": 3}).results()
+    assert {outcome(answer) for answer in answers} == {outcome(model.generate(STORY, max_tokens=3))}
+
+
+HOSTILE = [
+    ({"prompt": STORY, "self": 1}, "self"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "\ud800"}]}]}, ""),
+    ({"prompt": STORY, "adapter_scale": 10**400}, "adapter_scale"),
+    ({"prompt": STORY, "adapter_scale": float("nan")}, "adapter_scale"),
+    ({"prompt": STORY, "logit_bias": {"x": 1.0}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), HOSTILE, ids=lambda value: None if isinstance(value, dict) else value)
+def test_a_request_that_makes_no_sense_is_its_own_error_alone(
+    model: phi4edge.Model, request_: dict[str, Any], field: str
+) -> None:
+    bad, good = model.generate_together([request_, STORY], max_tokens=2)
+    assert isinstance(bad, Phi4EdgeError) and (not field or bad.field == field)
+    assert isinstance(good, Generation)
+
+
 def test_a_closed_model_says_so_in_the_place_of_every_request(nano_bundle: Path) -> None:
     model = phi4edge.load(nano_bundle, context=256, threads=1)
     together = model.together([STORY] * 3, at_once=1, max_tokens=4)
@@ -331,6 +374,50 @@ def test_a_file_of_prompts_gives_a_line_for_each_in_order(
     stats, problem = done.stderr.splitlines()
     assert stats.startswith(f"6 requests, {sum(len(answer.tokens) for answer in expected)} tokens of answers, ")
     assert problem.startswith("phi4edge: 3 of 6 requests failed; the first: ") and "line 4" in problem
+
+
+def test_answers_go_to_the_file_while_the_terminal_shows_how_far_they_are(nano_bundle: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "requests.jsonl", *[{"prompt": STORY, "seed": i} for i in range(150)])
+    command = [*COMMAND, "run", str(nano_bundle), "--prompts", file, "-n", "60", "-t", "1", "--temperature", "1"]
+    master, slave = pty.openpty()
+    with (tmp_path / "answers.jsonl").open("wb") as answers:
+        done = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answers,
+            stderr=slave,
+            cwd=ROOT,
+            env=os.environ | {"TERM": "xterm"},
+        )
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while data := os.read(master, 65536):
+                shown += data
+    os.close(master)
+    assert done.wait(60) == 0
+    assert b"Answering" in shown and b'"text"' not in shown
+    assert len([json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]) == 150
+
+
+def test_a_file_with_a_byte_order_mark_and_a_bias_is_answered(
+    model: phi4edge.Model, nano_bundle: Path, tmp_path: Path
+) -> None:
+    token = model.generate(STORY, max_tokens=1).tokens[0]
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps({"prompt": STORY, "logit_bias": {str(token): -100}}), encoding="utf-8-sig")
+    done = run("run", str(nano_bundle), "--prompts", str(file), "-n", "1", "-t", "1")
+    assert done.returncode == 0, done.stderr
+    expected = model.generate(STORY, max_tokens=1, logit_bias={token: -100.0})
+    assert json.loads(done.stdout)["tokens"] == list(expected.tokens) != [token]
+
+
+def test_more_lines_than_anybody_writes_are_refused_before_they_are_kept(nano_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text("x\n" * 100_001)
+    done = run("run", str(nano_bundle), "--prompts", str(file))
+    assert (done.returncode, done.stdout) == (4, "") and is_one_error_line(done.stderr)
+    assert "has more than 100000 lines" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ class Session {
   void collect_input_squares(bool enabled);
   std::vector<InputSquares::Entry> input_squares();  // empty before the first collect_input_squares(true)
 
-  // Starts to measure where the time of forward passes goes, from zero, or stops and forgets.  Passes of several sessions count
-  // for the first one.
+  // Starts to measure where the time of forward passes goes, from zero, or stops and forgets.  A pass of several sessions
+  // counts for one of them.
   void collect_profile(bool enabled);
   std::vector<OperationTotal> profile();  // in the order of kOperationNames; empty while it is off
 

@@ -48,7 +48,7 @@ int64_t Scratch::widest_input(const ModelConfig& c) { return std::max({c.hidden_
 
 uint64_t Scratch::n_bytes(const ModelConfig& c) {
   const int64_t floats = 3 * c.hidden_size + 2 * q_dim(c) + 2 * kv_dim(c) + 3 * c.ffn_size + c.rope.n_dims;
-  const int64_t quantized = 2 * widest_input(c);  // codes and side arrays: 1.75 bytes a value
+  const int64_t quantized = 4 * widest_input(c);  // codes and side arrays, with both kinds of scales
   return size_t(kMaxRows) * size_t(floats * int64_t(sizeof(float)) + quantized) + size_t(c.vocab_size) * sizeof(float);
 }
 

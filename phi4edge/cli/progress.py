@@ -63,6 +63,7 @@ class ProgressBar:
             rich_progress.TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # answers go there while the bar is shown
             refresh_per_second=4,  # drawing takes time from the threads that work
         )
         progress.start()

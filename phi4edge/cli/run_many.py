@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from phi4edge.together import Event
 
 _LARGEST_FILE = 64 << 20  # bytes
+_MOST_LINES = 100_000
+
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 Request = dict[str, Any] | Phi4EdgeError
 
@@ -31,20 +37,30 @@ def read_requests(path: Path) -> list[Request]:
     Raises FileError, InputError.
     """
     try:
-        lines = read_bytes(path, at_most=_LARGEST_FILE).split(b"\n")
+        data = read_bytes(path, at_most=_LARGEST_FILE).removeprefix(codecs.BOM_UTF8)
     except BundleError as error:
         raise InputError(error.problem, path=error.path, hint="give it in parts") from error
+    if data.count(b"\n") >= _MOST_LINES:
+        raise InputError(f"has more than {_MOST_LINES} lines", path=str(path), hint="give it in parts")
     found: list[Request] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            found.append(parse_object(line, str(path), f"line {number}"))
+            found.append(_with_token_ids(parse_object(line, str(path), f"line {number}")))
         except BundleError as error:
             found.append(InputError(error.problem, path=error.path, field=error.field))
     if not found:
         raise InputError("has no requests", path=str(path), hint='write {"prompt": "..."} in each line')
     return found
+
+
+def _with_token_ids(request: dict[str, Any]) -> dict[str, Any]:
+    """The request with numbers for the keys of logit_bias, which JSON can only have as texts."""
+    bias = request.get("logit_bias")
+    if isinstance(bias, dict):
+        request["logit_bias"] = {int(key) if _TOKEN_ID.fullmatch(key) else key: bias[key] for key in bias}
+    return request
 
 
 def answer_all(
@@ -59,13 +75,15 @@ def answer_all(
     places = list(good)
     together = model.together(good.values(), config, at_once=at_once, **options)
     events = ((places[index], event) for index, event in together)
-    failed: list[Phi4EdgeError] = []
-    n_tokens = 0
+    first_error: Phi4EdgeError | None = None
+    n_failed = n_tokens = 0
+    shows_bar = not sys.stdout.isatty()  # the answers there show how far it is
     with closing(ProgressBar("Answering")) as bar:
         for n_done, outcome in enumerate(_in_order(requests, events), 1):
-            bar(n_done, len(requests))
+            if shows_bar:
+                bar(n_done, len(requests))
             if isinstance(outcome, Phi4EdgeError):
-                failed.append(outcome)
+                first_error, n_failed = first_error or outcome, n_failed + 1
                 output.write_json(outcome.as_json())
             else:
                 n_tokens += outcome.usage.completion_tokens
@@ -74,9 +92,9 @@ def answer_all(
         seconds = time.perf_counter() - started
         rate = n_tokens / seconds
         output.note(f"{len(requests)} requests, {n_tokens} tokens of answers, {seconds:.2f} s, {rate:.1f} tokens/s")
-    if failed:
-        output.note(f"phi4edge: {len(failed)} of {len(requests)} requests failed; the first: {failed[0]}")
-        raise typer.Exit(failed[0].exit_code)
+    if first_error:
+        output.note(f"phi4edge: {n_failed} of {len(requests)} requests failed; the first: {first_error}")
+        raise typer.Exit(first_error.exit_code)
 
 
 def _in_order(requests: list[Request], events: Iterator[tuple[int, Event]]) -> Iterator[Generation | Phi4EdgeError]:

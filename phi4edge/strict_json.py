@@ -37,12 +37,14 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
                     f"has {status.st_size} bytes, more than the {at_most} expected at most", path=str(path)
                 )
             return file.read(at_most)
-    except ValueError as error:  # a name that no file can have
-        raise FileError("cannot be read: no file has such a name", path=repr(str(path))) from error
     except OSError as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot be read: {error.strerror}", path=str(path)) from error
+    except ValueError as error:
+        if isinstance(error, BundleError):
+            raise
+        raise FileError("cannot be read: no file has such a name", path=repr(str(path))) from error
 
 
 def parse_object(data: bytes, path: str, field: str = "") -> dict[str, Any]:

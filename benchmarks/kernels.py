@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.against_llama_cpp import BUSY, commit, cpu_name
+from benchmarks.decoder_sides import BANDWIDTH_BYTES
 from benchmarks.random_gguf import block_maker, deviation_of
 from phi4edge import _core
 
@@ -51,7 +52,7 @@ def measure(
     peak: list[float] = []
     n_products = LEAST_PRODUCTS
     for _ in range(options.rounds):
-        bandwidth.append(_core.read_bandwidth(pool.size, 1 << 29, options.seconds / 2))
+        bandwidth.append(_core.read_bandwidth(pool.size, BANDWIDTH_BYTES, options.seconds / 2))
         peak.append(_core.int8_peak(isa, pool.size, options.seconds / 2))
         times = matrix.time_multiply(x, pool, n_products, n_copies, isa)
         seconds += times

@@ -116,8 +116,7 @@ class Together:
             self._require(index)
             piece = self._work.begin(session, running.turn, answer)
         except OutOfMemoryError as error:
-            self._forget(index, None)  # it may be the cache of this very session that is too large
-            self._idle.clear()
+            self._forget(index, None)  # an idle session, when it was one, gives up its cache
             if n_idle > 0 or self._running:
                 self._waiting = (index, request)
                 self._is_full = n_idle == 0  # there is as much as those have that are running

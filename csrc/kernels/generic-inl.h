@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/kernels.h"
 #include "quant/formats.h"

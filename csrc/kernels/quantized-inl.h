@@ -219,16 +219,9 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
 // One super-block of the rows of one register, unpacked: what the tile kernel reads from the first-level cache.
 template <class F>
 struct Expanded {
+  using Kind = std::conditional_t<Layout<F>::kIntegerScales, ScaledCodes<F>, StoredCodes<F>>;
   alignas(64) uint8_t codes[kSuperBlock / 4][V::kRows * 4];
   Scales<F> scales;
-  using Kind = StoredCodes<F>;
-};
-template <class F>
-  requires Layout<F>::kIntegerScales
-struct Expanded<F> {
-  alignas(64) uint8_t codes[kSuperBlock / 4][V::kRows * 4];
-  Scales<F> scales;
-  using Kind = ScaledCodes<F>;
 };
 constexpr size_t kMaxExpandedBytes = (kSuperBlock / 4 + 2 * (kSuperBlock / 16) + 1) * V::kRows * 4 + 4 * 64;
 

@@ -31,14 +31,27 @@ ActivationBuffer::ActivationBuffer(int64_t max_tokens, int64_t max_columns) {
     arrays.scales = allocate_aligned<float>(n * scales_of(kind), "activations");
     arrays.shifts = allocate_aligned<int32_t>(n * 16, "activations");
     arrays.neg_sums = allocate_aligned<int32_t>(n * 16, "activations");
-    arrays.neg_sums32 = allocate_aligned<float>(n * 8, "activations");
+    if (kind == int(ActivationScale::kFor256)) {
+      arrays.sum_digits = allocate_aligned<int8_t>(n * QuantizedActivations::kDigits, "activations");
+    } else {
+      arrays.neg_sums32 = allocate_aligned<float>(n * 8, "activations");
+    }
   }
 }
 
 QuantizedActivations ActivationBuffer::at(int kind, int64_t at) const {
   const Arrays& arrays = arrays_[kind];
-  return {arrays.codes.get() + at * kSuperBlock, arrays.scales.get() + at * int64_t(scales_of(kind)),
-          arrays.shifts.get() + at * 16, arrays.neg_sums.get() + at * 16, arrays.neg_sums32.get() + at * 8};
+  QuantizedActivations x;
+  x.codes = arrays.codes.get() + at * kSuperBlock;
+  x.scales = arrays.scales.get() + at * int64_t(scales_of(kind));
+  x.shifts = arrays.shifts.get() + at * 16;
+  x.neg_sums = arrays.neg_sums.get() + at * 16;
+  if (kind == int(ActivationScale::kFor256)) {
+    x.sum_digits = arrays.sum_digits.get() + at * QuantizedActivations::kDigits;
+  } else {
+    x.neg_sums32 = arrays.neg_sums32.get() + at * 8;
+  }
+  return x;
 }
 
 void ActivationBuffer::quantize(const float* x, int64_t at, int64_t n_tokens, int64_t n_columns, ActivationScales scales,

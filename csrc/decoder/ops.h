@@ -78,7 +78,7 @@ class ActivationBuffer {
 
  private:
   struct Arrays {
-    AlignedArray<int8_t> codes;
+    AlignedArray<int8_t> codes, sum_digits;
     AlignedArray<int32_t> shifts, neg_sums;
     AlignedArray<float> scales, neg_sums32;
   };

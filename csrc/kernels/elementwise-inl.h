@@ -125,8 +125,7 @@ void to_q8(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales) {
 // N values, 32 or 256, to codes with one scale.  What is not finite makes the scale NaN, and so reaches the logits, where it is
 // noticed.
 template <int N>
-PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums,
-                                    float* neg_sums32) {
+PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums) {
   constexpr int32_t kInfinity = 0x7f800000, kTiny = 0x0da24260;  // kTiny: 1e-30, its reciprocal is finite
   int32_t bits16[N / 16], bits = 0;
   for (int i = 0; i < N / 16; ++i) {
@@ -137,7 +136,6 @@ PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale
     scale = bits < kTiny ? 0.0f : __builtin_nanf("");
     std::memset(codes, 0, N);
     for (int i = 0; i < N / 16; ++i) shifts[i] = neg_sums[i] = 0;
-    for (int i = 0; i < N / 32; ++i) neg_sums32[i] = 0;
     return;
   }
   float largest;
@@ -157,9 +155,15 @@ PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale
     neg_sums[i] = -V::reduce_sum(sum);
   }
   scale = largest * (1.0f / (127.0f * float(1 << kMaxShift)));
-  for (int i = 0; i < N / 32; ++i) {
-    const int32_t sum = neg_sums[2 * i] * (1 << shifts[2 * i]) + neg_sums[2 * i + 1] * (1 << shifts[2 * i + 1]);
-    neg_sums32[i] = N == 32 ? float(sum) * scale : float(sum);
+}
+
+// The digits of n sums, -2^22 < sum < 2^22.
+PHI4EDGE_INLINE void store_digits(const int32_t* sums, int n, int8_t* digits) {
+  for (int i = 0; i < n; ++i) {
+    const int32_t low = int8_t(sums[i]), rest = (sums[i] - low) >> 8, middle = int8_t(rest);
+    digits[i] = int8_t((rest - middle) >> 8);
+    digits[n + i] = int8_t(middle);
+    digits[2 * n + i] = int8_t(low);
   }
 }
 
@@ -176,10 +180,19 @@ void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const Quantiz
       std::memset(padded + n_left, 0, size_t(kSuperBlock - n_left) * sizeof(float));
       in = padded;
     }
+    int32_t *shifts = out.shifts + at * 16, *neg_sums = out.neg_sums + at * 16;
     for (int i = 0; i < kBlocks; ++i) {
-      quantize_block<N>(in + N * i, out.codes + at * kSuperBlock + N * i, out.scales[at * kBlocks + i],
-                        out.shifts + at * 16 + N / 16 * i, out.neg_sums + at * 16 + N / 16 * i,
-                        out.neg_sums32 + at * 8 + N / 32 * i);
+      quantize_block<N>(in + N * i, out.codes + at * kSuperBlock + N * i, out.scales[at * kBlocks + i], shifts + N / 16 * i,
+                        neg_sums + N / 16 * i);
+    }
+    int32_t sums16[16], sums32[8];
+    for (int i = 0; i < 16; ++i) sums16[i] = neg_sums[i] * (1 << shifts[i]);
+    for (int i = 0; i < 8; ++i) sums32[i] = sums16[2 * i] + sums16[2 * i + 1];
+    if constexpr (N == kSuperBlock) {
+      store_digits(sums16, 16, out.sum_digits + at * out.kDigits);
+      store_digits(sums32, 8, out.sum_digits + at * out.kDigits + out.kDigits16);
+    } else {
+      for (int i = 0; i < 8; ++i) out.neg_sums32[at * 8 + i] = float(sums32[i]) * out.scales[at * 8 + i];
     }
   }
 }

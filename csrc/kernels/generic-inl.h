@@ -10,10 +10,10 @@
 //   multiply16(a, b), of integers of 16 bits; the upper half of b is zero
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones
-//   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  signed_byte(ints, i)  shift_left
-//   shift_left_by(ints, pointer to the count)  add  or_  max  reduce_max  reduce_sum  store_codes (as int8) load  store
-//   load_half  store_half  set1(float) mul  add  sub  fma  max (the second one if either is NaN)  div to_float  round as_floats
-//   as_ints  magnitude_bits reduce_max  reduce_sum
+//   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
+//   top as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum store_codes
+//   (as int8) load  store load_half  store_half  set1(float) mul  add  sub  fma  max (the second one if either is NaN)  div
+//   to_float  round as_floats as_ints  magnitude_bits reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>

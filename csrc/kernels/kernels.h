@@ -22,7 +22,11 @@ struct QuantizedActivations {
   float* scales = nullptr;      // [.][.][8], or [.][.][1]
   int32_t* shifts = nullptr;    // [.][.][16]
   int32_t* neg_sums = nullptr;  // [.][.][16]: minus the sum of 16 codes
-  float* neg_sums32 = nullptr;  // [.][.][8]: minus the sum of 32 values, of code << shift where the scale is for 256
+  // Minus the sums of the values, for minimums.
+  float* neg_sums32 = nullptr;   // with a scale for 32; [.][.][8]
+  int8_t* sum_digits = nullptr;  // with one for 256: sums of code << shift; [.][.][kDigits], the digits to the base 256, -128
+                                 // .. 127 each, [3][16] of 16 columns and then [3][8] of 32, the highest first
+  static constexpr int kDigits16 = 3 * 16, kDigits = 80;
 };
 inline constexpr int kMaxShift = 9;  // 256 products of a signed byte with 127, shifted, are within 32 bits
 static_assert((int64_t(kSuperBlock) * 128 * 127 << kMaxShift) < INT32_MAX);

@@ -40,32 +40,62 @@ struct ScaledCodes {
   static constexpr int kBiasBits = kSigned ? V::kSignedBiasBits : -1;
 };
 
-// The scales of a super-block, for the rows of one register.
+// Formats of 256 values: the integers that the super-scale is multiplied with, as floats.  Signed ones are 2^24 times as large,
+// which super_scale() takes back.
+template <class F, int I>
+PHI4EDGE_INLINE V::Floats sub_scale(V::Ints scale_bytes) {
+  if constexpr (F::kSignedScales) {
+    return V::to_float(V::top_byte<I>(scale_bytes));
+  } else {
+    return V::to_float(V::byte<I>(scale_bytes));
+  }
+}
 template <class F>
-struct Scales {
-  alignas(64) float scale[Layout<F>::kSubs][V::kRows], minimum[F::kHasMin ? Layout<F>::kSubs : 1][V::kRows];
+PHI4EDGE_INLINE V::Floats super_scale(const uint8_t* scales, int row) {
+  const auto scale = F::template super_scale<V>(scales, row);
+  return F::kSignedScales ? V::mul(scale, V::set1(0x1p-24f)) : scale;
+}
 
-  PHI4EDGE_INLINE void load(const uint8_t* header, int64_t super_block, int n_blocks32, int row) {
-    if constexpr (F::kValues == kSuperBlock) {
-      F::template scales<V>(header + super_block * F::kScaleBytes, row, scale[0], minimum[0]);
-    } else {
-      const uint8_t* area = header + super_block * (kSuperBlock / F::kValues) * F::kScaleBytes;
-      for (int j = 0; j < n_blocks32; ++j, area += F::kScaleBytes) {
-        F::template scales<V>(area, row, scale[j], minimum[F::kHasMin ? j : 0]);
+// The minimums of a super-block.  What they take away is, over their super-scale, sum of minimum * -(sum of activations); those
+// sums are numbers of three digits to the base 256, so that four sub-blocks are one dot product.
+template <class F>
+struct Minimums {};
+template <class F>
+  requires(Layout<F>::kOneScale && F::kHasMin)
+struct Minimums<F> {
+  static constexpr int kSubs = Layout<F>::kSubs;
+  typename V::Floats super_scale;
+  typename V::Ints bytes[kSubs / 4];
+
+  PHI4EDGE_INLINE void load(const uint8_t* scales, int row) {
+    super_scale = F::template super_minimum<V>(scales, row);
+    unroll<kSubs / 4>([&](auto line) { bytes[line.value] = F::template minimum_bytes<V, line.value>(scales, row); });
+  }
+};
+
+// R registers of rows x T tokens: total[r][t] -= what the minimums take away.  Step by step for all, since the steps of one
+// wait for each other.
+template <class F, int R, int T>
+PHI4EDGE_INLINE void subtract_minimums(const Minimums<F>* const (&minimums)[R], const int8_t* digits,
+                                       V::Floats (&total)[R][T]) {
+  constexpr int kSubs = Layout<F>::kSubs;
+  if constexpr (kSubs == 8) digits += QuantizedActivations::kDigits16;
+  typename V::Ints sum[R][T];
+  for (int digit = 0; digit < 3; ++digit) {
+    for (int t = 0; t < T; ++t) {
+      for (int r = 0; r < R; ++r) sum[r][t] = digit == 0 ? V::set1(0) : V::shift_left(sum[r][t], 8);
+    }
+    for (int line = 0; line < kSubs / 4; ++line) {
+      for (int t = 0; t < T; ++t) {
+        const auto x = V::splat4(digits + t * QuantizedActivations::kDigits + digit * kSubs + 4 * line);
+        for (int r = 0; r < R; ++r) sum[r][t] = V::dot(sum[r][t], V::as_bytes(minimums[r]->bytes[line]), x);
       }
     }
   }
-};
-template <class F>
-  requires Layout<F>::kIntegerScales
-struct Scales<F> {
-  alignas(64) int32_t factor[Layout<F>::kSubs][V::kRows];  // 16-bit integers; the upper half of each is zero
-  alignas(64) float scale[V::kRows], minimum[F::kHasMin ? Layout<F>::kSubs : 1][V::kRows];
-
-  PHI4EDGE_INLINE void load(const uint8_t* header, int64_t super_block, int, int row) {
-    F::IntegerScales::template load<V>(header + super_block * F::kScaleBytes, row, factor[0], scale, minimum[0]);
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) total[r][t] = V::fma(V::to_float(sum[r][t]), minimums[r]->super_scale, total[r][t]);
   }
-};
+}
 
 // One operand of dot().
 template <class F, int G>
@@ -95,33 +125,13 @@ PHI4EDGE_INLINE V::Ints start_value(const int32_t* neg_sums, int sixteen) {
   }
 }
 
-// Adds the products of one sub-block to the total of a super-block, which counts in the scale of its activations if they have
-// one.  The order of operations is that of every kernel, so a token's result does not depend on how many tokens are computed
-// together.
+// The order of the operations below is that of every kernel, so a token's result does not depend on how many tokens are
+// computed together.
+
+// Blocks of 32 values: total + sum of products * scales - minimum * sum of activations
 template <class F>
-PHI4EDGE_INLINE V::Floats add_sub_block(V::Floats total, V::Ints sum, V::Floats scale, const float* x_scale) {
-  if constexpr (Layout<F>::kOneScale) {
-    return V::fma(V::to_float(sum), scale, total);
-  } else {
-    return V::fma(V::mul(V::to_float(sum), V::set1(*x_scale)), scale, total);
-  }
-}
-template <class F>
-PHI4EDGE_INLINE V::Floats add_super_block(V::Floats result, V::Floats total, const float* x_scale) {
-  if constexpr (Layout<F>::kOneScale) {
-    return V::fma(total, V::set1(*x_scale), result);
-  } else {
-    return V::add(total, result);
-  }
-}
-template <class F>
-PHI4EDGE_INLINE V::Floats subtract_minimum(V::Floats total, const int32_t* neg_sums, const float* neg_sums32, int sub,
-                                           const int32_t* shifts, V::Floats minimum) {
-  if constexpr (F::kSub == 16) {
-    return V::fma(V::to_float(V::shift_left_by(V::set1(neg_sums[sub]), shifts + sub)), minimum, total);
-  } else {
-    return V::fma(V::set1(neg_sums32[sub]), minimum, total);
-  }
+PHI4EDGE_INLINE V::Floats add_block(V::Floats total, V::Ints sum, V::Floats scale, float x_scale) {
+  return V::fma(V::mul(V::to_float(sum), V::set1(x_scale)), scale, total);
 }
 
 PHI4EDGE_INLINE void store_rows(float* out, const float* from, int64_t n_rows, const MatmulTask& task) {
@@ -141,11 +151,101 @@ PHI4EDGE_INLINE void fetch(const uint8_t* from) {
   for (int i = 0; i < Bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Sums over sixteen columns, the H'th of a block of 32, for T tokens, shifted by their exponents.  `lines` and the rest point
+// at the block.
+template <class F, int H, int T>
+PHI4EDGE_INLINE void multiply_sixteen(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums, V::Ints (&sum)[T]) {
+  for (int t = 0; t < T; ++t) sum[t] = start_value<StoredCodes<F>>(neg_sums + t * 16, H);
+  unroll<kGroups / 2>([&](auto g) {
+    constexpr int kGroup = H * (kGroups / 2) + g.value;
+    const auto w = operand<F, kGroup>(lines);
+    for (int t = 0; t < T; ++t) sum[t] = dot<StoredCodes<F>>(sum[t], w, V::splat4(codes + t * kSuperBlock + kGroup * 4));
+  });
+}
+
+// result[t] of the rows of one register += the products of a super-block of n_blocks32 * 32 columns
+template <class F, int T>
+PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, const uint8_t* ahead, int row, int n_blocks32,
+                                const QuantizedActivations& x, int64_t at, float (*result)[kPanelRows]) {
+  using L = Layout<F>;
+  typename V::Floats total[T];
+  for (int t = 0; t < T; ++t) total[t] = V::set1(0.0f);
+  for (int j = 0; j < n_blocks32; ++j, lines += L::kLineBytes32, scales += F::kScaleBytes) {
+    if (ahead) fetch<L::kLineBytes32>(ahead + j * L::kLineBytes32);
+    typename V::Ints low[T], high[T];
+    multiply_sixteen<F, 0, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, low);
+    multiply_sixteen<F, 1, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, high);
+    const auto scale = F::template scale<V>(scales, row);
+    for (int t = 0; t < T; ++t) {
+      const int32_t* shifts = x.shifts + (at + t) * 16 + 2 * j;
+      const auto sum = V::add(V::shift_left_by(low[t], shifts), V::shift_left_by(high[t], shifts + 1));
+      total[t] = add_block<F>(total[t], sum, scale, x.scales[(at + t) * 8 + j]);
+      if constexpr (F::kHasMin) {
+        total[t] = V::fma(V::set1(x.neg_sums32[(at + t) * 8 + j]), F::template minimum<V>(scales, row), total[t]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) V::store(result[t] + row, V::add(total[t], V::load(result[t] + row)));
+}
+template <class F, int T>
+  requires Layout<F>::kOneScale
+PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, const uint8_t* ahead, int row, int,
+                                const QuantizedActivations& x, int64_t at, float (*result)[kPanelRows]) {
+  using L = Layout<F>;
+  typename V::Floats total[1][T];
+  typename V::Ints integer_total[T];  // with integer scales, in place of the floats
+  for (int t = 0; t < T; ++t) total[0][t] = V::set1(0.0f), integer_total[t] = V::set1(0);
+  unroll<L::kSubs / 4>([&](auto quad) {
+    const auto scale_bytes = F::template scale_bytes<V, quad.value>(scales, row);
+    unroll<4>([&](auto i) {
+      constexpr int kSub = quad.value * 4 + i.value, kBlock = kSub * F::kSub / 32;
+      const uint8_t* block = lines + kBlock * L::kLineBytes32;
+      const int8_t* codes = x.codes + at * kSuperBlock + kBlock * 32;
+      const int32_t *neg_sums = x.neg_sums + at * 16 + kBlock * 2, *shifts = x.shifts + at * 16;
+      if (ahead && kSub * F::kSub % 32 == 0) fetch<L::kLineBytes32>(ahead + kBlock * L::kLineBytes32);
+      typename V::Ints sum[T];
+      if constexpr (F::kSub == 16) {
+        multiply_sixteen<F, kSub % 2, T>(block, codes, neg_sums, sum);
+      } else {
+        typename V::Ints high[T];
+        multiply_sixteen<F, 0, T>(block, codes, neg_sums, sum);
+        multiply_sixteen<F, 1, T>(block, codes, neg_sums, high);
+        for (int t = 0; t < T; ++t) {
+          sum[t] = V::add(V::shift_left_by(sum[t], shifts + t * 16 + 2 * kSub),
+                          V::shift_left_by(high[t], shifts + t * 16 + 2 * kSub + 1));
+        }
+      }
+      if constexpr (L::kIntegerScales) {
+        const auto factor = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes));
+        for (int t = 0; t < T; ++t) {
+          const auto scaled = V::shift_left_by(V::multiply16(sum[t], factor), shifts + t * 16 + kSub);
+          integer_total[t] = V::add(integer_total[t], scaled);
+        }
+      } else {
+        const auto scale = sub_scale<F, i.value>(scale_bytes);
+        for (int t = 0; t < T; ++t) {
+          if constexpr (F::kSub == 16) sum[t] = V::shift_left_by(sum[t], shifts + t * 16 + kSub);
+          total[0][t] = V::fma(V::to_float(sum[t]), scale, total[0][t]);
+        }
+      }
+    });
+  });
+  const auto scale = super_scale<F>(scales, row);
+  for (int t = 0; t < T; ++t) total[0][t] = V::mul(L::kIntegerScales ? V::to_float(integer_total[t]) : total[0][t], scale);
+  if constexpr (F::kHasMin) {
+    Minimums<F> minimums;
+    minimums.load(scales, row);
+    subtract_minimums<F, 1, T>({&minimums}, x.sum_digits + at * x.kDigits, total);
+  }
+  for (int t = 0; t < T; ++t) {
+    V::store(result[t] + row, V::fma(total[0][t], V::set1(x.scales[at + t]), V::load(result[t] + row)));
+  }
+}
+
 // Few tokens: weights are unpacked in registers and used at once; bound by memory.
 template <class F, int T>
 void matmul_direct(const MatmulTask& task, int64_t first_token) {
   using L = Layout<F>;
-  using C = StoredCodes<F>;
   const QuantizedActivations& x = L::activations(*task.x);
   const int64_t n_blocks32 = task.n_columns / 32, n_super = (n_blocks32 + 7) / 8, n_tokens = task.x->n_tokens;
   const int64_t header = L::header_bytes(task.n_columns);
@@ -154,60 +254,12 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
     alignas(64) float result[T][kPanelRows] = {};
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
-      const int64_t at = sb * n_tokens + first_token;
+      const uint8_t* ahead = panel + kPrefetchBytes + sb * (int64_t(task.panel_bytes) / n_super);
+      fetch<L::kScaleBytes256>(ahead + 8 * L::kLineBytes32);
       for (int part = 0; part < kParts; ++part) {
         const int row = part * V::kRows;
-        Scales<F> scales;
-        scales.load(panel, sb, m, row);
-        typename V::Floats total[T];
-        typename V::Ints integer_total[T];
-        for (int t = 0; t < T; ++t) total[t] = V::set1(0.0f), integer_total[t] = V::set1(0);
-        const uint8_t* lines = panel + header + sb * 8 * L::kLineBytes32 + 4 * row;
-        const uint8_t* ahead = panel + kPrefetchBytes + sb * (int64_t(task.panel_bytes) / n_super);
-        if (part == 0) fetch<L::kScaleBytes256>(ahead + 8 * L::kLineBytes32);
-        for (int j = 0; j < m; ++j, lines += L::kLineBytes32) {
-          if (part == 0) fetch<L::kLineBytes32>(ahead + j * L::kLineBytes32);
-          typename V::Ints sum[T];
-          unroll<2>([&](auto h) {  // sixteen columns each
-            typename V::Ints part_sum[T];
-            const int sixteen = 2 * j + h.value;
-            for (int t = 0; t < T; ++t) part_sum[t] = start_value<C>(x.neg_sums + (at + t) * 16, sixteen);
-            unroll<kGroups / 2>([&](auto g) {
-              constexpr int kGroup = h.value * (kGroups / 2) + g.value;
-              const auto w = operand<F, kGroup>(lines);
-              for (int t = 0; t < T; ++t) {
-                part_sum[t] = dot<C>(part_sum[t], w, V::splat4(x.codes + (at + t) * kSuperBlock + j * 32 + kGroup * 4));
-              }
-            });
-            for (int t = 0; t < T; ++t) {
-              const int32_t *shifts = x.shifts + (at + t) * 16, *neg_sums = x.neg_sums + (at + t) * 16;
-              const float *neg_sums32 = x.neg_sums32 + (at + t) * 8, *x_scales = x.scales + (at + t) * L::kXScales;
-              if constexpr (L::kIntegerScales) {
-                const auto scaled = V::multiply16(part_sum[t], V::load_ints(scales.factor[sixteen]));
-                integer_total[t] = V::add(integer_total[t], V::shift_left_by(scaled, shifts + sixteen));
-              } else {
-                const auto shifted = V::shift_left_by(part_sum[t], shifts + sixteen);
-                sum[t] = F::kSub == 16 || h.value == 0 ? shifted : V::add(sum[t], shifted);
-              }
-              if constexpr (F::kSub == 16 || h.value == 1) {
-                const int sub = F::kSub == 16 ? sixteen : j;
-                if constexpr (!L::kIntegerScales) {
-                  total[t] = add_sub_block<F>(total[t], sum[t], V::load(scales.scale[sub]), x_scales + j % L::kXScales);
-                }
-                if constexpr (F::kHasMin) {
-                  total[t] = subtract_minimum<F>(total[t], neg_sums, neg_sums32, sub, shifts, V::load(scales.minimum[sub]));
-                }
-              }
-            }
-          });
-        }
-        for (int t = 0; t < T; ++t) {
-          const float* x_scale = x.scales + (at + t) * L::kXScales;
-          if constexpr (L::kIntegerScales) {
-            total[t] = add_sub_block<F>(total[t], integer_total[t], V::load(scales.scale), x_scale);
-          }
-          V::store(result[t] + row, add_super_block<F>(V::load(result[t] + row), total[t], x_scale));
-        }
+        add_blocks<F, T>(panel + sb * L::kScaleBytes256, panel + header + sb * 8 * L::kLineBytes32 + 4 * row,
+                         part == 0 ? ahead : nullptr, row, m, x, sb * n_tokens + first_token, result);
       }
     }
     for (int t = 0; t < T; ++t) {
@@ -219,26 +271,54 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
 // One super-block of the rows of one register, unpacked: what the tile kernel reads from the first-level cache.
 template <class F>
 struct Expanded {
-  using Kind = std::conditional_t<Layout<F>::kIntegerScales, ScaledCodes<F>, StoredCodes<F>>;
+  using L = Layout<F>;
+  using Kind = std::conditional_t<L::kIntegerScales, ScaledCodes<F>, StoredCodes<F>>;
   alignas(64) uint8_t codes[kSuperBlock / 4][V::kRows * 4];
-  Scales<F> scales;
+  alignas(64) float scale[L::kSubs][V::kRows];  // of the sub-blocks, where they are not in the codes
+  alignas(64) float minimum[L::kOneScale ? 1 : L::kSubs][V::kRows];
+  alignas(64) float super_scale[V::kRows];
+  Minimums<F> minimums;
 };
-constexpr size_t kMaxExpandedBytes = (kSuperBlock / 4 + 2 * (kSuperBlock / 16) + 1) * V::kRows * 4 + 4 * 64;
+constexpr size_t kMaxExpandedBytes = (kSuperBlock / 4 + 2 * (kSuperBlock / 16) + 6) * V::kRows * 4 + 8 * 64;
 
 template <class F>
 void expand(const uint8_t* panel, int64_t header, int64_t super_block, int n_blocks32, int row, Expanded<F>& out) {
   using L = Layout<F>;
-  out.scales.load(panel, super_block, n_blocks32, row);
+  const uint8_t* scales = panel + super_block * L::kScaleBytes256;
   const uint8_t* lines = panel + header + super_block * 8 * L::kLineBytes32 + 4 * row;
-  for (int j = 0; j < n_blocks32; ++j, lines += L::kLineBytes32) {
+  const auto store_codes = [&](int block, const auto& change) {
     unroll<kGroups>([&](auto g) {
-      auto codes = operand<F, g.value>(lines);
-      if constexpr (L::kIntegerScales) {
-        const auto factor = V::load_ints(out.scales.factor[2 * j + g.value / (kGroups / 2)]);
-        codes = V::multiply_bytes(codes, factor, F::kOffsetBits);
-        if constexpr (Expanded<F>::Kind::kSigned) codes = V::bias(codes);
+      V::store_bytes(out.codes[block * kGroups + g.value], change(g, operand<F, g.value>(lines + block * L::kLineBytes32)));
+    });
+  };
+  if constexpr (!L::kOneScale) {
+    for (int j = 0; j < n_blocks32; ++j, scales += F::kScaleBytes) {
+      V::store(out.scale[j], F::template scale<V>(scales, row));
+      if constexpr (F::kHasMin) V::store(out.minimum[j], F::template minimum<V>(scales, row));
+      store_codes(j, [](auto, auto codes) { return codes; });
+    }
+  } else {
+    V::store(out.super_scale, super_scale<F>(scales, row));
+    if constexpr (F::kHasMin) out.minimums.load(scales, row);
+    unroll<L::kSubs / 4>([&](auto quad) {
+      const auto scale_bytes = F::template scale_bytes<V, quad.value>(scales, row);
+      typename V::Ints factor[4];
+      unroll<4>([&](auto i) {
+        if constexpr (L::kIntegerScales) {
+          factor[i.value] = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes));
+        } else {
+          V::store(out.scale[quad.value * 4 + i.value], sub_scale<F, i.value>(scale_bytes));
+        }
+      });
+      constexpr int kBlocks = 4 * F::kSub / 32;
+      for (int j = 0; j < kBlocks; ++j) {
+        store_codes(quad.value * kBlocks + j, [&](auto g, auto codes) {
+          if constexpr (L::kIntegerScales)
+            codes = V::multiply_bytes(codes, factor[2 * j + g.value / (kGroups / 2)], F::kOffsetBits);
+          if constexpr (L::kIntegerScales && Expanded<F>::Kind::kSigned) codes = V::bias(codes);
+          return codes;
+        });
       }
-      V::store_bytes(out.codes[j * kGroups + g.value], codes);
     });
   }
 }
@@ -256,7 +336,6 @@ PHI4EDGE_INLINE void matmul_tile(const Expanded<F>* w, const QuantizedActivation
   }
   const int8_t* codes = x.codes + at * kSuperBlock;
   const int32_t *shifts = x.shifts + at * 16, *neg_sums = x.neg_sums + at * 16;
-  const float *neg_sums32 = x.neg_sums32 + at * 8, *x_scales = x.scales + at * L::kXScales;
   for (int j = 0; j < n_blocks32; ++j) {
     unroll<2>([&](auto h) {  // sixteen columns each
       const int sixteen = 2 * j + h.value, first_group = sixteen * (kGroups / 2);
@@ -280,31 +359,42 @@ PHI4EDGE_INLINE void matmul_tile(const Expanded<F>* w, const QuantizedActivation
           sum[r][t] = kStarts ? shifted : V::add(sum[r][t], shifted);
         }
       }
-      if constexpr (F::kSub == 16 || h.value == 1) {
+      if constexpr (!L::kIntegerScales && (F::kSub == 16 || h.value == 1)) {
         const int sub = F::kSub == 16 ? sixteen : j;
         for (int t = 0; t < T; ++t) {
           for (int r = 0; r < R; ++r) {
-            if constexpr (!L::kIntegerScales) {
-              total[r][t] = add_sub_block<F>(total[r][t], sum[r][t], V::load(w[r].scales.scale[sub]),
-                                             x_scales + t * L::kXScales + j % L::kXScales);
-            }
-            if constexpr (F::kHasMin) {
-              total[r][t] = subtract_minimum<F>(total[r][t], neg_sums + t * 16, neg_sums32 + t * 8, sub, shifts + t * 16,
-                                                V::load(w[r].scales.minimum[sub]));
+            const auto scale = V::load(w[r].scale[sub]);
+            if constexpr (L::kOneScale) {
+              total[r][t] = V::fma(V::to_float(sum[r][t]), scale, total[r][t]);
+            } else {
+              total[r][t] = add_block<F>(total[r][t], sum[r][t], scale, x.scales[(at + t) * 8 + j]);
+              if constexpr (F::kHasMin) {
+                total[r][t] = V::fma(V::set1(x.neg_sums32[(at + t) * 8 + j]), V::load(w[r].minimum[j]), total[r][t]);
+              }
             }
           }
         }
       }
     });
   }
-  for (int t = 0; t < T; ++t) {
-    const float* x_scale = x_scales + t * L::kXScales;
-    for (int r = 0; r < R; ++r) {
-      if constexpr (L::kIntegerScales) {
-        total[r][t] = add_sub_block<F>(total[r][t], sum[r][t], V::load(w[r].scales.scale), x_scale);
+  if constexpr (L::kOneScale) {
+    for (int t = 0; t < T; ++t) {
+      for (int r = 0; r < R; ++r) {
+        if constexpr (L::kIntegerScales) total[r][t] = V::to_float(sum[r][t]);
+        total[r][t] = V::mul(total[r][t], V::load(w[r].super_scale));
       }
+    }
+    if constexpr (F::kHasMin) {
+      const Minimums<F>* minimums[R];
+      for (int r = 0; r < R; ++r) minimums[r] = &w[r].minimums;
+      subtract_minimums<F, R, T>(minimums, x.sum_digits + at * x.kDigits, total);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) {
       float* to = out + t * out_stride + r * V::kRows;
-      V::store(to, add_super_block<F>(V::load(to), total[r][t], x_scale));
+      V::store(to,
+               L::kOneScale ? V::fma(total[r][t], V::set1(x.scales[at + t]), V::load(to)) : V::add(total[r][t], V::load(to)));
     }
   }
 }
@@ -383,29 +473,44 @@ void matmul_quantized(const MatmulTask& task) {
                                     [&](auto tile, int64_t first) { matmul_direct<F, tile.value>(task, first); });
 }
 
+// Scales and minimums of the sub-blocks of one row, for codes as they were expanded.
+template <class F>
+void row_scales(const Expanded<F>& block, int lane, float* scale, float* minimum) {
+  using L = Layout<F>;
+  for (int sub = 0; sub < L::kSubs; ++sub) {
+    minimum[sub] = F::kHasMin && !L::kOneScale ? block.minimum[L::kOneScale ? 0 : sub][lane] : 0;
+    scale[sub] = L::kIntegerScales ? 1.0f : block.scale[sub][lane];
+    if constexpr (L::kOneScale) scale[sub] *= block.super_scale[lane];
+  }
+  if constexpr (L::kOneScale && F::kHasMin) {
+    alignas(64) int32_t bytes[V::kRows];
+    alignas(64) float super_scale[V::kRows];
+    V::store(super_scale, block.minimums.super_scale);
+    for (int sub = 0; sub < L::kSubs; ++sub) {
+      V::store_ints(bytes, block.minimums.bytes[sub / 4]);
+      minimum[sub] = super_scale[lane] * float(bytes[lane] >> (8 * (sub % 4)) & 0xff);
+    }
+  }
+}
+
 template <class F>
 void dequantize_panel_row(const uint8_t* panel, int row, int64_t n_columns, float* out) {
   using L = Layout<F>;
+  using C = typename Expanded<F>::Kind;
   const int64_t header = L::header_bytes(n_columns), n_blocks32 = n_columns / 32;
   const int part_row = row / V::kRows * V::kRows, lane = row % V::kRows;
   for (int64_t sb = 0; sb * 8 < n_blocks32; ++sb) {
     const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
     Expanded<F> block;
     expand<F>(panel, header, sb, m, part_row, block);
+    float scale[L::kSubs], minimum[L::kSubs];
+    row_scales(block, lane, scale, minimum);
     for (int i = 0; i < 32 * m; ++i) {
       const uint8_t code = block.codes[i / 4][4 * lane + i % 4];
-      using C = typename Expanded<F>::Kind;
       const int q = C::kBiasBits >= 0 ? int(code) - (1 << (C::kBiasBits < 0 ? 0 : C::kBiasBits))
                     : C::kSigned      ? int(int8_t(code))
                                       : int(code);
-      const int sub = i / F::kSub;
-      float scale;
-      if constexpr (L::kIntegerScales) {
-        scale = block.scales.scale[lane];
-      } else {
-        scale = block.scales.scale[sub][lane];
-      }
-      out[sb * kSuperBlock + i] = scale * float(q) - (F::kHasMin ? block.scales.minimum[F::kHasMin ? sub : 0][lane] : 0.0f);
+      out[sb * kSuperBlock + i] = scale[i / F::kSub] * float(q) - minimum[i / F::kSub];
     }
   }
 }

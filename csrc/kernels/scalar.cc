@@ -63,7 +63,15 @@ struct V {
   static Ints load_i8(const void* p) { return read<int8_t>(p); }
   static Ints set1(int32_t v) { return v; }
   static Ints field(Ints v, int shift, int mask) { return int32_t(uint32_t(v) >> shift) & mask; }
-  static Ints signed_byte(Ints v, int i) { return int8_t(uint32_t(v) >> (8 * i)); }
+  template <int I>
+  static Ints byte(Ints v) {
+    return int32_t(uint32_t(v) >> (8 * I) & 0xff);
+  }
+  template <int I>
+  static Ints top_byte(Ints v) {
+    return int32_t(uint32_t(v) >> (8 * I) << 24);
+  }
+  static Bytes as_bytes(Ints v) { return uint32_t(v); }
   static Ints shift_left(Ints v, int n) { return int32_t(uint32_t(v) << n); }
   static Ints shift_left_by(Ints v, const int32_t* n) { return shift_left(v, *n); }
   static Ints add(Ints a, Ints b) { return int32_t(uint32_t(a) + uint32_t(b)); }

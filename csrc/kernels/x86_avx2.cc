@@ -70,7 +70,15 @@ struct V {
   static Ints field(Ints v, int shift, int mask) {
     return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))};
   }
-  static Ints signed_byte(Ints v, int i) { return {_mm256_srai_epi32(_mm256_slli_epi32(v.v, 24 - 8 * i), 24)}; }
+  template <int I>
+  static Ints byte(Ints v) {
+    return {_mm256_and_si256(_mm256_srli_epi32(v.v, 8 * I), _mm256_set1_epi32(0xff))};
+  }
+  template <int I>
+  static Ints top_byte(Ints v) {
+    return {_mm256_slli_epi32(_mm256_srli_epi32(v.v, 8 * I), 24)};
+  }
+  static Bytes as_bytes(Ints v) { return {v.v}; }
   static Ints shift_left(Ints v, int n) { return {_mm256_slli_epi32(v.v, n)}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm256_sllv_epi32(v.v, _mm256_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }

@@ -21,6 +21,11 @@ struct V {
     __m512 v;
   };
 
+  // An index of shuffle_epi8 for each lane of 32 bits; the four of 16 bytes differ by `step`.
+  static __m512i places(uint32_t first, uint32_t step) {
+    return _mm512_set4_epi32(int(first + 3 * step), int(first + 2 * step), int(first + step), int(first));
+  }
+
   static Bytes load_bytes(const uint8_t* p) {
     __m512i line = _mm512_loadu_si512(p);
     asm("" : "+v"(line));  // or GCC loads it again for each of its groups
@@ -71,7 +76,19 @@ struct V {
   static Ints field(Ints v, int shift, int mask) {
     return {_mm512_and_si512(_mm512_srli_epi32(v.v, unsigned(shift)), _mm512_set1_epi32(mask))};
   }
-  static Ints signed_byte(Ints v, int i) { return {_mm512_srai_epi32(_mm512_slli_epi32(v.v, unsigned(24 - 8 * i)), 24)}; }
+  template <int I>
+  static Ints byte(Ints v) {
+    if constexpr (I == 0) return {_mm512_and_si512(v.v, _mm512_set1_epi32(0xff))};
+    if constexpr (I == 3) return {_mm512_srli_epi32(v.v, 24)};
+    return {_mm512_shuffle_epi8(v.v, places(0x80808000u + I, 4))};
+  }
+  template <int I>
+  static Ints top_byte(Ints v) {
+    if constexpr (I == 0) return {_mm512_slli_epi32(v.v, 24)};
+    if constexpr (I == 3) return {_mm512_and_si512(v.v, _mm512_set1_epi32(int(0xff000000)))};
+    return {_mm512_shuffle_epi8(v.v, places((uint32_t(I) << 24) + 0x808080, 4u << 24))};
+  }
+  static Bytes as_bytes(Ints v) { return {v.v}; }
   static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
   static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(*n))}; }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }

@@ -43,18 +43,29 @@ struct Q2_K {
     reinterpret_cast<Half*>(area + 4 * kLineBytes)[row] = block.scale;
     reinterpret_cast<Half*>(area + 4 * kLineBytes + 32)[row] = block.minimum;
   }
+  static constexpr bool kSignedScales = false;
+  template <class V>
+  static typename V::Floats super_scale(const uint8_t* area, int row) {
+    return V::load_half(area + 4 * kLineBytes + 2 * row);
+  }
+  template <class V>
+  static typename V::Floats super_minimum(const uint8_t* area, int row) {
+    return V::load_half(area + 4 * kLineBytes + 32 + 2 * row);
+  }
+  template <class V, int Line>
+  static typename V::Ints scale_bytes(const uint8_t* area, int row) {
+    return V::field(V::load_ints(area + Line * kLineBytes + 4 * row), 0, 0x0f0f0f0f);
+  }
+  template <class V, int Line>
+  static typename V::Ints minimum_bytes(const uint8_t* area, int row) {
+    return V::field(V::load_ints(area + Line * kLineBytes + 4 * row), 4, 0x0f0f0f0f);
+  }
   // q * s is at most 45.
   struct IntegerScales {
     static constexpr bool kSigned = false;
     template <class V>
-    static void load(const uint8_t* area, int row, int32_t* factor, float* scale, float* minimum) {
-      const auto dmin = V::load_half(area + 4 * kLineBytes + 32 + 2 * row);
-      V::store(scale, V::load_half(area + 4 * kLineBytes + 2 * row));
-      for (int j = 0; j < 16; ++j) {
-        const auto line = V::load_ints(area + j / 4 * kLineBytes + 4 * row);
-        V::store_ints(factor + j * V::kRows, V::field(line, 8 * (j % 4), 15));
-        V::store(minimum + j * V::kRows, V::mul(dmin, V::to_float(V::field(line, 8 * (j % 4) + 4, 15))));
-      }
+    static typename V::Ints factor(V::Ints s) {
+      return s;
     }
   };
 };

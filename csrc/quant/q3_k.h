@@ -44,19 +44,23 @@ struct Q3_K {
     for (int line = 0; line < 3; ++line) std::memcpy(area + line * kLineBytes + 4 * row, block.packed + 4 * line, 4);
     reinterpret_cast<Half*>(area + 3 * kLineBytes)[row] = block.scale;
   }
+  static constexpr bool kSignedScales = false;
+  template <class V>
+  static typename V::Floats super_scale(const uint8_t* area, int row) {
+    return V::sub(V::set1(0.0f), V::load_half(area + 3 * kLineBytes + 2 * row));
+  }
+  template <class V, int Line>
+  static typename V::Ints scale_bytes(const uint8_t* area, int row) {
+    const auto low = V::field(V::load_ints(area + Line % 2 * kLineBytes + 4 * row), Line / 2 * 4, 0x0f0f0f0f);
+    const auto top = V::field(V::load_ints(area + 2 * kLineBytes + 4 * row), Line * 2, 0x03030303);
+    return V::or_(low, V::shift_left(top, 4));
+  }
   // (q - 4) * (32 - s) is -128 .. 124; with s - 32 it could be 128.
   struct IntegerScales {
     static constexpr bool kSigned = true;
     template <class V>
-    static void load(const uint8_t* area, int row, int32_t* factor, float* scale, float*) {
-      V::store(scale, V::sub(V::set1(0.0f), V::load_half(area + 3 * kLineBytes + 2 * row)));
-      const auto top = V::load_ints(area + 2 * kLineBytes + 4 * row);
-      for (int j = 0; j < 16; ++j) {
-        const auto line = V::load_ints(area + j / 4 % 2 * kLineBytes + 4 * row);
-        const auto low = V::field(line, 8 * (j % 4) + j / 8 * 4, 15);
-        const auto s = V::or_(low, V::shift_left(V::field(top, 8 * (j % 4) + j / 4 * 2, 3), 4));
-        V::store_ints(factor + j * V::kRows, V::field(V::sub(V::set1(32), s), 0, 0xffff));
-      }
+    static typename V::Ints factor(V::Ints s) {
+      return V::field(V::sub(V::set1(32), s), 0, 0xffff);
     }
   };
 };

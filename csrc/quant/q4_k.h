@@ -40,19 +40,30 @@ struct SixBitPairs {
     reinterpret_cast<Half*>(area)[16 + row] = block.minimum;
     for (int line = 0; line < 3; ++line) std::memcpy(area + 64 + line * kLineBytes + 4 * row, block.pairs + 4 * line, 4);
   }
+  static constexpr bool kSignedScales = false;
   template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    const auto d = V::load_half(area + 2 * row), dmin = V::load_half(area + 32 + 2 * row);
-    const auto s = V::load_ints(area + 64 + 4 * row), m = V::load_ints(area + 128 + 4 * row);
-    const auto x = V::load_ints(area + 192 + 4 * row);
-    for (int j = 0; j < 4; ++j) {
-      const auto s_high = V::or_(V::field(x, 8 * j, 15), V::shift_left(V::field(s, 8 * j + 6, 3), 4));
-      const auto m_high = V::or_(V::field(x, 8 * j + 4, 15), V::shift_left(V::field(m, 8 * j + 6, 3), 4));
-      V::store(scale + j * V::kRows, V::mul(d, V::to_float(V::field(s, 8 * j, 63))));
-      V::store(scale + (4 + j) * V::kRows, V::mul(d, V::to_float(s_high)));
-      V::store(minimum + j * V::kRows, V::mul(dmin, V::to_float(V::field(m, 8 * j, 63))));
-      V::store(minimum + (4 + j) * V::kRows, V::mul(dmin, V::to_float(m_high)));
-    }
+  static typename V::Floats super_scale(const uint8_t* area, int row) {
+    return V::load_half(area + 2 * row);
+  }
+  template <class V>
+  static typename V::Floats super_minimum(const uint8_t* area, int row) {
+    return V::load_half(area + 32 + 2 * row);
+  }
+  template <class V, int Line>
+  static typename V::Ints scale_bytes(const uint8_t* area, int row) {
+    return six_bits<V, Line, 0>(area, V::load_ints(area + 64 + 4 * row), row);
+  }
+  template <class V, int Line>
+  static typename V::Ints minimum_bytes(const uint8_t* area, int row) {
+    return six_bits<V, Line, 4>(area, V::load_ints(area + 128 + 4 * row), row);
+  }
+
+ private:
+  template <class V, int Line, int NibbleShift>
+  static typename V::Ints six_bits(const uint8_t* area, V::Ints bytes, int row) {
+    if constexpr (Line == 0) return V::field(bytes, 0, 0x3f3f3f3f);
+    const auto low = V::field(V::load_ints(area + 192 + 4 * row), NibbleShift, 0x0f0f0f0f);
+    return V::or_(low, V::field(bytes, 2, 0x30303030));
   }
 };
 

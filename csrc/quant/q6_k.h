@@ -40,13 +40,14 @@ struct Q6_K {
     for (int line = 0; line < 4; ++line) std::memcpy(area + line * kLineBytes + 4 * row, block.s + 4 * line, 4);
     reinterpret_cast<Half*>(area + 4 * kLineBytes)[row] = block.scale;
   }
+  static constexpr bool kSignedScales = true;
   template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    const auto d = V::load_half(area + 4 * kLineBytes + 2 * row);
-    for (int j = 0; j < 16; ++j) {
-      const auto line = V::load_ints(area + j / 4 * kLineBytes + 4 * row);
-      V::store(scale + j * V::kRows, V::mul(d, V::to_float(V::signed_byte(line, j % 4))));
-    }
+  static typename V::Floats super_scale(const uint8_t* area, int row) {
+    return V::load_half(area + 4 * kLineBytes + 2 * row);
+  }
+  template <class V, int Line>
+  static typename V::Ints scale_bytes(const uint8_t* area, int row) {
+    return V::load_ints(area + Line * kLineBytes + 4 * row);
   }
 };
 

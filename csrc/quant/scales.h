@@ -1,4 +1,7 @@
 // Scales of formats that have a half (and perhaps a half minimum) for each block of 32 values.  Panel: 16 halves a block.
+//
+// Formats of 256 values have a super-scale, and integers that are multiplied with it, a byte each: scale_bytes<V, Line> gives
+// those of four sub-blocks in each lane, minimum_bytes likewise.
 #pragma once
 
 #include "quant/half.h"
@@ -14,8 +17,8 @@ struct HalfScales {
     reinterpret_cast<Half*>(area)[row] = block.scale;
   }
   template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float*) {
-    V::store(scale, V::load_half(area + 2 * row));
+  static typename V::Floats scale(const uint8_t* area, int row) {
+    return V::load_half(area + 2 * row);
   }
 };
 
@@ -29,9 +32,12 @@ struct HalfScalesAndMinimums {
     reinterpret_cast<Half*>(area)[16 + row] = block.minimum;
   }
   template <class V>
-  static void scales(const uint8_t* area, int row, float* scale, float* minimum) {
-    V::store(scale, V::load_half(area + 2 * row));
-    V::store(minimum, V::sub(V::set1(0.0f), V::load_half(area + 32 + 2 * row)));  // kernels subtract minimums
+  static typename V::Floats scale(const uint8_t* area, int row) {
+    return V::load_half(area + 2 * row);
+  }
+  template <class V>
+  static typename V::Floats minimum(const uint8_t* area, int row) {
+    return V::sub(V::set1(0.0f), V::load_half(area + 32 + 2 * row));  // kernels subtract minimums
   }
 };
 

@@ -195,41 +195,51 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
   typename V::Floats total[1][T];
   typename V::Ints integer_total[T];  // with integer scales, in place of the floats
   for (int t = 0; t < T; ++t) total[0][t] = V::set1(0.0f), integer_total[t] = V::set1(0);
-  unroll<L::kSubs / 4>([&](auto quad) {
-    const auto scale_bytes = F::template scale_bytes<V, quad.value>(scales, row);
+  constexpr int kQuads = L::kSubs / 4, kQuadColumns = 4 * F::kSub;  // four sub-blocks, whose scales are the bytes of a lane
+  typename V::Ints scale_bytes[kQuads];
+  unroll<kQuads>([&](auto quad) { scale_bytes[quad.value] = F::template scale_bytes<V, quad.value>(scales, row); });
+  const auto add_quad = [&](int quad) __attribute__((always_inline)) {
+    constexpr int kQuadBytes = kQuadColumns / 32 * L::kLineBytes32;
+    const uint8_t* quad_lines = lines + quad * kQuadBytes;
+    const int8_t* codes = x.codes + at * kSuperBlock + quad * kQuadColumns;
+    const int32_t* neg_sums = x.neg_sums + at * 16 + quad * (kQuadColumns / 16);
+    const int32_t* shifts = x.shifts + at * 16 + quad * (kQuadColumns / 16);
+    if (ahead) fetch<kQuadBytes>(ahead + quad * kQuadBytes);
     unroll<4>([&](auto i) {
-      constexpr int kSub = quad.value * 4 + i.value, kBlock = kSub * F::kSub / 32;
-      const uint8_t* block = lines + kBlock * L::kLineBytes32;
-      const int8_t* codes = x.codes + at * kSuperBlock + kBlock * 32;
-      const int32_t *neg_sums = x.neg_sums + at * 16 + kBlock * 2, *shifts = x.shifts + at * 16;
-      if (ahead && kSub * F::kSub % 32 == 0) fetch<L::kLineBytes32>(ahead + kBlock * L::kLineBytes32);
+      constexpr int kColumn = i.value * F::kSub, kBlock = kColumn / 32, kSixteen = kColumn / 16;
+      const uint8_t* block = quad_lines + kBlock * L::kLineBytes32;
       typename V::Ints sum[T];
       if constexpr (F::kSub == 16) {
-        multiply_sixteen<F, kSub % 2, T>(block, codes, neg_sums, sum);
+        multiply_sixteen<F, kSixteen % 2, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
       } else {
         typename V::Ints high[T];
-        multiply_sixteen<F, 0, T>(block, codes, neg_sums, sum);
-        multiply_sixteen<F, 1, T>(block, codes, neg_sums, high);
+        multiply_sixteen<F, 0, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
+        multiply_sixteen<F, 1, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, high);
         for (int t = 0; t < T; ++t) {
-          sum[t] = V::add(V::shift_left_by(sum[t], shifts + t * 16 + 2 * kSub),
-                          V::shift_left_by(high[t], shifts + t * 16 + 2 * kSub + 1));
+          sum[t] = V::add(V::shift_left_by(sum[t], shifts + t * 16 + kSixteen),
+                          V::shift_left_by(high[t], shifts + t * 16 + kSixteen + 1));
         }
       }
       if constexpr (L::kIntegerScales) {
-        const auto factor = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes));
+        const auto factor = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes[quad]));
         for (int t = 0; t < T; ++t) {
-          const auto scaled = V::shift_left_by(V::multiply16(sum[t], factor), shifts + t * 16 + kSub);
+          const auto scaled = V::shift_left_by(V::multiply16(sum[t], factor), shifts + t * 16 + kSixteen);
           integer_total[t] = V::add(integer_total[t], scaled);
         }
       } else {
-        const auto scale = sub_scale<F, i.value>(scale_bytes);
+        const auto scale = sub_scale<F, i.value>(scale_bytes[quad]);
         for (int t = 0; t < T; ++t) {
-          if constexpr (F::kSub == 16) sum[t] = V::shift_left_by(sum[t], shifts + t * 16 + kSub);
+          if constexpr (F::kSub == 16) sum[t] = V::shift_left_by(sum[t], shifts + t * 16 + kSixteen);
           total[0][t] = V::fma(V::to_float(sum[t]), scale, total[0][t]);
         }
       }
     });
-  });
+  };
+  if constexpr (T == 1) {  // the scales stay in registers; with more tokens that code is too long to be fast
+    unroll<kQuads>([&](auto quad) { add_quad(quad.value); });
+  } else {
+    for (int quad = 0; quad < kQuads; ++quad) add_quad(quad);
+  }
   const auto scale = super_scale<F>(scales, row);
   for (int t = 0; t < T; ++t) total[0][t] = V::mul(L::kIntegerScales ? V::to_float(integer_total[t]) : total[0][t], scale);
   if constexpr (F::kHasMin) {

@@ -10,6 +10,7 @@
 //   multiply16(a, b), of integers of 16 bits; the upper half of b is zero
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones
+//   kMakesPairs: dot() makes sums of two products in 16 bits; then also multiply_pairs, add_pairs, and sum_pairs, to 32 bits
 //   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
 //   top as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum store_codes
 //   (as int8) load  store load_half  store_half  set1(float) mul  add  sub  fma  max (the second one if either is NaN)  div
@@ -23,6 +24,7 @@
 #include "quant/formats.h"
 
 #define PHI4EDGE_INLINE inline __attribute__((always_inline))
+#define PHI4EDGE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace phi4edge {
 namespace {

@@ -32,12 +32,14 @@ struct StoredCodes {
   static constexpr bool kSigned = F::kSigned;
   // Signed codes meet instructions that want unsigned ones with a bias; others carry an offset of their own.
   static constexpr int kBiasBits = kSigned ? V::kSignedBiasBits : F::kOffsetBits;
+  static constexpr int kLargest = (1 << F::Codes::kLines) - 1;  // of unsigned ones
 };
 // Or their products with integer scales, without any offset.
 template <class F>
 struct ScaledCodes {
   static constexpr bool kSigned = F::IntegerScales::kSigned;
   static constexpr int kBiasBits = kSigned ? V::kSignedBiasBits : -1;
+  static constexpr int kLargest = F::IntegerScales::kLargest;
 };
 
 // Formats of 256 values: the integers that the super-scale is multiplied with, as floats.  Signed ones are 2^24 times as large,
@@ -117,11 +119,50 @@ PHI4EDGE_INLINE V::Ints dot(V::Ints sum, V::Bytes weights, V::Bytes x) {
 
 // What takes the codes' offset back: -offset * sum of 16 activation codes.
 template <class C>
-PHI4EDGE_INLINE V::Ints start_value(const int32_t* neg_sums, int sixteen) {
+PHI4EDGE_INLINE V::Ints start_value(int32_t neg_sum) {
   if constexpr (C::kBiasBits < 0) {
     return V::set1(0);
   } else {
-    return V::shift_left(V::set1(neg_sums[sixteen]), C::kBiasBits);
+    return V::shift_left(V::set1(neg_sum), C::kBiasBits);
+  }
+}
+
+// Sums of products over sixteen columns, of R registers of rows and T tokens.  weights(g, r) gives an operand; codes and
+// neg_sums point at the sixteen of the first token.  U is V, as a parameter, so that a V without pairs need not have their
+// operations.
+template <class C, int R, int T, class Weights, class U = V>
+PHI4EDGE_INLINE void dot_sixteen(const Weights& weights, const int8_t* codes, const int32_t* neg_sums, V::Ints (&sum)[R][T]) {
+  constexpr int kSteps = kGroups / 2;
+  // Where the instruction makes sums of two products in 16 bits, as many of those are added up as 16 bits surely hold.
+  constexpr int kPairSteps = !V::kMakesPairs || C::kSigned ? 1 : C::kLargest <= 31 ? 4 : C::kLargest <= 63 ? 2 : 1;
+  static_assert(C::kSigned || kPairSteps * C::kLargest * 2 * 127 <= INT16_MAX);
+  for (int t = 0; t < T; ++t) {
+    const auto start = start_value<C>(neg_sums[t * 16]);
+    for (int r = 0; r < R; ++r) sum[r][t] = start;
+  }
+  if constexpr (kPairSteps == 1) {
+    unroll<kSteps>([&](auto g) {
+      typename V::Bytes w[R];
+      for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+      for (int t = 0; t < T; ++t) {
+        const auto x = V::splat4(codes + t * kSuperBlock + g.value * 4);
+        for (int r = 0; r < R; ++r) sum[r][t] = dot<C>(sum[r][t], w[r], x);
+      }
+    });
+  } else {
+    typename V::Ints pairs[R][T];
+    unroll<kSteps>([&](auto g) {
+      typename V::Bytes w[R];
+      for (int r = 0; r < R; ++r) w[r] = weights(g, r);
+      for (int t = 0; t < T; ++t) {
+        const auto x = V::splat4(codes + t * kSuperBlock + g.value * 4);
+        for (int r = 0; r < R; ++r) {
+          const auto products = U::multiply_pairs(w[r], x);
+          pairs[r][t] = g.value % kPairSteps == 0 ? products : U::add_pairs(pairs[r][t], products);
+          if constexpr (g.value % kPairSteps == kPairSteps - 1) sum[r][t] = V::add(sum[r][t], U::sum_pairs(pairs[r][t]));
+        }
+      }
+    });
   }
 }
 
@@ -151,16 +192,12 @@ PHI4EDGE_INLINE void fetch(const uint8_t* from) {
   for (int i = 0; i < Bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Sums over sixteen columns, the H'th of a block of 32, for T tokens, shifted by their exponents.  `lines` and the rest point
-// at the block.
+// Sums over the H'th sixteen columns of a block of 32; `lines` and the rest point at the block.
 template <class F, int H, int T>
-PHI4EDGE_INLINE void multiply_sixteen(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums, V::Ints (&sum)[T]) {
-  for (int t = 0; t < T; ++t) sum[t] = start_value<StoredCodes<F>>(neg_sums + t * 16, H);
-  unroll<kGroups / 2>([&](auto g) {
-    constexpr int kGroup = H * (kGroups / 2) + g.value;
-    const auto w = operand<F, kGroup>(lines);
-    for (int t = 0; t < T; ++t) sum[t] = dot<StoredCodes<F>>(sum[t], w, V::splat4(codes + t * kSuperBlock + kGroup * 4));
-  });
+PHI4EDGE_INLINE void multiply_sixteen(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums,
+                                      V::Ints (&sum)[1][T]) {
+  const auto weights = [&](auto g, int) PHI4EDGE_INLINE_LAMBDA { return operand<F, H*(kGroups / 2) + g.value>(lines); };
+  dot_sixteen<StoredCodes<F>, 1, T>(weights, codes + H * 16, neg_sums + H, sum);
 }
 
 // result[t] of the rows of one register += the products of a super-block of n_blocks32 * 32 columns
@@ -172,13 +209,13 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
   for (int t = 0; t < T; ++t) total[t] = V::set1(0.0f);
   for (int j = 0; j < n_blocks32; ++j, lines += L::kLineBytes32, scales += F::kScaleBytes) {
     if (ahead) fetch<L::kLineBytes32>(ahead + j * L::kLineBytes32);
-    typename V::Ints low[T], high[T];
+    typename V::Ints low[1][T], high[1][T];
     multiply_sixteen<F, 0, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, low);
     multiply_sixteen<F, 1, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, high);
     const auto scale = F::template scale<V>(scales, row);
     for (int t = 0; t < T; ++t) {
       const int32_t* shifts = x.shifts + (at + t) * 16 + 2 * j;
-      const auto sum = V::add(V::shift_left_by(low[t], shifts), V::shift_left_by(high[t], shifts + 1));
+      const auto sum = V::add(V::shift_left_by(low[0][t], shifts), V::shift_left_by(high[0][t], shifts + 1));
       total[t] = add_block<F>(total[t], sum, scale, x.scales[(at + t) * 8 + j]);
       if constexpr (F::kHasMin) {
         total[t] = V::fma(V::set1(x.neg_sums32[(at + t) * 8 + j]), F::template minimum<V>(scales, row), total[t]);
@@ -198,7 +235,7 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
   constexpr int kQuads = L::kSubs / 4, kQuadColumns = 4 * F::kSub;  // four sub-blocks, whose scales are the bytes of a lane
   typename V::Ints scale_bytes[kQuads];
   unroll<kQuads>([&](auto quad) { scale_bytes[quad.value] = F::template scale_bytes<V, quad.value>(scales, row); });
-  const auto add_quad = [&](int quad) __attribute__((always_inline)) {
+  const auto add_quad = [&](int quad) PHI4EDGE_INLINE_LAMBDA {
     constexpr int kQuadBytes = kQuadColumns / 32 * L::kLineBytes32;
     const uint8_t* quad_lines = lines + quad * kQuadBytes;
     const int8_t* codes = x.codes + at * kSuperBlock + quad * kQuadColumns;
@@ -208,29 +245,29 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
     unroll<4>([&](auto i) {
       constexpr int kColumn = i.value * F::kSub, kBlock = kColumn / 32, kSixteen = kColumn / 16;
       const uint8_t* block = quad_lines + kBlock * L::kLineBytes32;
-      typename V::Ints sum[T];
+      typename V::Ints sum[1][T];
       if constexpr (F::kSub == 16) {
         multiply_sixteen<F, kSixteen % 2, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
       } else {
-        typename V::Ints high[T];
+        typename V::Ints high[1][T];
         multiply_sixteen<F, 0, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
         multiply_sixteen<F, 1, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, high);
         for (int t = 0; t < T; ++t) {
-          sum[t] = V::add(V::shift_left_by(sum[t], shifts + t * 16 + kSixteen),
-                          V::shift_left_by(high[t], shifts + t * 16 + kSixteen + 1));
+          sum[0][t] = V::add(V::shift_left_by(sum[0][t], shifts + t * 16 + kSixteen),
+                             V::shift_left_by(high[0][t], shifts + t * 16 + kSixteen + 1));
         }
       }
       if constexpr (L::kIntegerScales) {
         const auto factor = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes[quad]));
         for (int t = 0; t < T; ++t) {
-          const auto scaled = V::shift_left_by(V::multiply16(sum[t], factor), shifts + t * 16 + kSixteen);
+          const auto scaled = V::shift_left_by(V::multiply16(sum[0][t], factor), shifts + t * 16 + kSixteen);
           integer_total[t] = V::add(integer_total[t], scaled);
         }
       } else {
         const auto scale = sub_scale<F, i.value>(scale_bytes[quad]);
         for (int t = 0; t < T; ++t) {
-          if constexpr (F::kSub == 16) sum[t] = V::shift_left_by(sum[t], shifts + t * 16 + kSixteen);
-          total[0][t] = V::fma(V::to_float(sum[t]), scale, total[0][t]);
+          if constexpr (F::kSub == 16) sum[0][t] = V::shift_left_by(sum[0][t], shifts + t * 16 + kSixteen);
+          total[0][t] = V::fma(V::to_float(sum[0][t]), scale, total[0][t]);
         }
       }
     });
@@ -350,18 +387,9 @@ PHI4EDGE_INLINE void matmul_tile(const Expanded<F>* w, const QuantizedActivation
     unroll<2>([&](auto h) {  // sixteen columns each
       const int sixteen = 2 * j + h.value, first_group = sixteen * (kGroups / 2);
       typename V::Ints part_sum[R][T];
-      for (int t = 0; t < T; ++t) {
-        const auto start = start_value<C>(neg_sums + t * 16, sixteen);
-        for (int r = 0; r < R; ++r) part_sum[r][t] = start;
-      }
-      unroll<kGroups / 2>([&](auto g) {
-        typename V::Bytes weights[R];
-        for (int r = 0; r < R; ++r) weights[r] = V::load_bytes(w[r].codes[first_group + g.value]);
-        for (int t = 0; t < T; ++t) {
-          const auto a = V::splat4(codes + t * kSuperBlock + (first_group + g.value) * 4);
-          for (int r = 0; r < R; ++r) part_sum[r][t] = dot<C>(part_sum[r][t], weights[r], a);
-        }
-      });
+      const auto weights = [&](auto g, int r)
+                               PHI4EDGE_INLINE_LAMBDA { return V::load_bytes(w[r].codes[first_group + g.value]); };
+      dot_sixteen<C, R, T>(weights, codes + sixteen * 16, neg_sums + sixteen, part_sum);
       constexpr bool kStarts = !L::kIntegerScales && (F::kSub == 16 || h.value == 0);
       for (int t = 0; t < T; ++t) {
         for (int r = 0; r < R; ++r) {

@@ -40,6 +40,7 @@ struct V {
     return out;
   }
   static Bytes bias(Bytes b) { return b; }
+  static constexpr bool kMakesPairs = false;
   static Ints dot(Ints sum, Bytes w, Bytes x) {
     for (int b = 0; b < 32; b += 8) sum += int32_t(uint8_t(w >> b)) * int8_t(x >> b);
     return sum;

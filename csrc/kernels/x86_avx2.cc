@@ -45,9 +45,11 @@ struct V {
   }
   static Bytes bias(Bytes b) { return b; }
   // Pairs of products stay in 16 bits: 2 * 63 * 127 for unsigned codes, 2 * 128 * 127 for signed ones.
-  static Ints dot(Ints sum, Bytes w, Bytes x) {
-    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(w.v, x.v), _mm256_set1_epi16(1)))};
-  }
+  static constexpr bool kMakesPairs = true;
+  static Ints multiply_pairs(Bytes w, Bytes x) { return {_mm256_maddubs_epi16(w.v, x.v)}; }
+  static Ints add_pairs(Ints a, Ints b) { return {_mm256_add_epi16(a.v, b.v)}; }
+  static Ints sum_pairs(Ints pairs) { return {_mm256_madd_epi16(pairs.v, _mm256_set1_epi16(1))}; }
+  static Ints dot(Ints sum, Bytes w, Bytes x) { return add(sum, sum_pairs(multiply_pairs(w, x))); }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, {_mm256_abs_epi8(w.v)}, {_mm256_sign_epi8(x.v, w.v)}); }
 
   static Bytes multiply_bytes(Bytes b, Ints factor, int offset_bits) {

@@ -53,6 +53,7 @@ struct V {
     return {_mm512_shuffle_epi8(t, index.v)};
   }
   static Bytes bias(Bytes b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(char(0x80)))}; }
+  static constexpr bool kMakesPairs = false;
   static Ints dot(Ints sum, Bytes w, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, w, x); }
 

@@ -60,9 +60,9 @@ struct Q2_K {
   static typename V::Ints minimum_bytes(const uint8_t* area, int row) {
     return V::field(V::load_ints(area + Line * kLineBytes + 4 * row), 4, 0x0f0f0f0f);
   }
-  // q * s is at most 45.
   struct IntegerScales {
     static constexpr bool kSigned = false;
+    static constexpr int kLargest = 3 * 15;  // of code times scale
     template <class V>
     static typename V::Ints factor(V::Ints s) {
       return s;

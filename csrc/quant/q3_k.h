@@ -58,6 +58,7 @@ struct Q3_K {
   // (q - 4) * (32 - s) is -128 .. 124; with s - 32 it could be 128.
   struct IntegerScales {
     static constexpr bool kSigned = true;
+    static constexpr int kLargest = 128;
     template <class V>
     static typename V::Ints factor(V::Ints s) {
       return V::field(V::sub(V::set1(32), s), 0, 0xffff);

@@ -24,7 +24,6 @@
 #include "quant/formats.h"
 
 #define PHI4EDGE_INLINE inline __attribute__((always_inline))
-#define PHI4EDGE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace phi4edge {
 namespace {

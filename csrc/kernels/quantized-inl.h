@@ -196,7 +196,7 @@ PHI4EDGE_INLINE void fetch(const uint8_t* from) {
 template <class F, int H, int T>
 PHI4EDGE_INLINE void multiply_sixteen(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums,
                                       V::Ints (&sum)[1][T]) {
-  const auto weights = [&](auto g, int) PHI4EDGE_INLINE_LAMBDA { return operand<F, H*(kGroups / 2) + g.value>(lines); };
+  const auto weights = [&](auto g, int) { return operand<F, H*(kGroups / 2) + g.value>(lines); };
   dot_sixteen<StoredCodes<F>, 1, T>(weights, codes + H * 16, neg_sums + H, sum);
 }
 
@@ -224,53 +224,67 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
   }
   for (int t = 0; t < T; ++t) V::store(result[t] + row, V::add(total[t], V::load(result[t] + row)));
 }
+
+// What T tokens have of a super-block so far: with integer scales the integers, else the floats.
+template <int T>
+struct Totals {
+  typename V::Floats floats[1][T];
+  typename V::Ints integers[T];
+};
+
+// Adds the I'th of four sub-blocks, whose scales are the bytes of a lane; pointers are to the first of the four.
+template <class F, int T, int I>
+PHI4EDGE_INLINE void add_sub_block(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums, const int32_t* shifts,
+                                   V::Ints scale_bytes, Totals<T>& total) {
+  using L = Layout<F>;
+  constexpr int kColumn = I * F::kSub, kBlock = kColumn / 32, kSixteen = kColumn / 16;
+  lines += kBlock * L::kLineBytes32, codes += kBlock * 32, neg_sums += kBlock * 2, shifts += kSixteen;
+  typename V::Ints sum[1][T];
+  if constexpr (F::kSub == 16) {
+    multiply_sixteen<F, kSixteen % 2, T>(lines, codes, neg_sums, sum);
+  } else {
+    typename V::Ints high[1][T];
+    multiply_sixteen<F, 0, T>(lines, codes, neg_sums, sum);
+    multiply_sixteen<F, 1, T>(lines, codes, neg_sums, high);
+    for (int t = 0; t < T; ++t) {
+      sum[0][t] = V::add(V::shift_left_by(sum[0][t], shifts + t * 16), V::shift_left_by(high[0][t], shifts + t * 16 + 1));
+    }
+  }
+  if constexpr (L::kIntegerScales) {
+    const auto factor = F::IntegerScales::template factor<V>(V::byte<I>(scale_bytes));
+    for (int t = 0; t < T; ++t) {
+      const auto scaled = V::shift_left_by(V::multiply16(sum[0][t], factor), shifts + t * 16);
+      total.integers[t] = V::add(total.integers[t], scaled);
+    }
+  } else {
+    const auto scale = sub_scale<F, I>(scale_bytes);
+    for (int t = 0; t < T; ++t) {
+      if constexpr (F::kSub == 16) sum[0][t] = V::shift_left_by(sum[0][t], shifts + t * 16);
+      total.floats[0][t] = V::fma(V::to_float(sum[0][t]), scale, total.floats[0][t]);
+    }
+  }
+}
+
 template <class F, int T>
   requires Layout<F>::kOneScale
 PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, const uint8_t* ahead, int row, int,
                                 const QuantizedActivations& x, int64_t at, float (*result)[kPanelRows]) {
   using L = Layout<F>;
-  typename V::Floats total[1][T];
-  typename V::Ints integer_total[T];  // with integer scales, in place of the floats
-  for (int t = 0; t < T; ++t) total[0][t] = V::set1(0.0f), integer_total[t] = V::set1(0);
-  constexpr int kQuads = L::kSubs / 4, kQuadColumns = 4 * F::kSub;  // four sub-blocks, whose scales are the bytes of a lane
+  Totals<T> total;
+  for (int t = 0; t < T; ++t) total.floats[0][t] = V::set1(0.0f), total.integers[t] = V::set1(0);
+  constexpr int kQuads = L::kSubs / 4, kQuadColumns = 4 * F::kSub, kQuadBytes = kQuadColumns / 32 * L::kLineBytes32;
   typename V::Ints scale_bytes[kQuads];
   unroll<kQuads>([&](auto quad) { scale_bytes[quad.value] = F::template scale_bytes<V, quad.value>(scales, row); });
-  const auto add_quad = [&](int quad) PHI4EDGE_INLINE_LAMBDA {
-    constexpr int kQuadBytes = kQuadColumns / 32 * L::kLineBytes32;
-    const uint8_t* quad_lines = lines + quad * kQuadBytes;
+  const auto add_quad = [&](int quad) __attribute__((always_inline)) {
+    const uint8_t* from = lines + quad * kQuadBytes;
     const int8_t* codes = x.codes + at * kSuperBlock + quad * kQuadColumns;
     const int32_t* neg_sums = x.neg_sums + at * 16 + quad * (kQuadColumns / 16);
     const int32_t* shifts = x.shifts + at * 16 + quad * (kQuadColumns / 16);
     if (ahead) fetch<kQuadBytes>(ahead + quad * kQuadBytes);
-    unroll<4>([&](auto i) {
-      constexpr int kColumn = i.value * F::kSub, kBlock = kColumn / 32, kSixteen = kColumn / 16;
-      const uint8_t* block = quad_lines + kBlock * L::kLineBytes32;
-      typename V::Ints sum[1][T];
-      if constexpr (F::kSub == 16) {
-        multiply_sixteen<F, kSixteen % 2, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
-      } else {
-        typename V::Ints high[1][T];
-        multiply_sixteen<F, 0, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, sum);
-        multiply_sixteen<F, 1, T>(block, codes + kBlock * 32, neg_sums + kBlock * 2, high);
-        for (int t = 0; t < T; ++t) {
-          sum[0][t] = V::add(V::shift_left_by(sum[0][t], shifts + t * 16 + kSixteen),
-                             V::shift_left_by(high[0][t], shifts + t * 16 + kSixteen + 1));
-        }
-      }
-      if constexpr (L::kIntegerScales) {
-        const auto factor = F::IntegerScales::template factor<V>(V::byte<i.value>(scale_bytes[quad]));
-        for (int t = 0; t < T; ++t) {
-          const auto scaled = V::shift_left_by(V::multiply16(sum[0][t], factor), shifts + t * 16 + kSixteen);
-          integer_total[t] = V::add(integer_total[t], scaled);
-        }
-      } else {
-        const auto scale = sub_scale<F, i.value>(scale_bytes[quad]);
-        for (int t = 0; t < T; ++t) {
-          if constexpr (F::kSub == 16) sum[0][t] = V::shift_left_by(sum[0][t], shifts + t * 16 + kSixteen);
-          total[0][t] = V::fma(V::to_float(sum[0][t]), scale, total[0][t]);
-        }
-      }
-    });
+    add_sub_block<F, T, 0>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
+    add_sub_block<F, T, 1>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
+    add_sub_block<F, T, 2>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
+    add_sub_block<F, T, 3>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
   };
   if constexpr (T == 1) {  // the scales stay in registers; with more tokens that code is too long to be fast
     unroll<kQuads>([&](auto quad) { add_quad(quad.value); });
@@ -278,14 +292,17 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
     for (int quad = 0; quad < kQuads; ++quad) add_quad(quad);
   }
   const auto scale = super_scale<F>(scales, row);
-  for (int t = 0; t < T; ++t) total[0][t] = V::mul(L::kIntegerScales ? V::to_float(integer_total[t]) : total[0][t], scale);
+  for (int t = 0; t < T; ++t) {
+    auto& sum = total.floats[0][t];
+    sum = V::mul(L::kIntegerScales ? V::to_float(total.integers[t]) : sum, scale);
+  }
   if constexpr (F::kHasMin) {
     Minimums<F> minimums;
     minimums.load(scales, row);
-    subtract_minimums<F, 1, T>({&minimums}, x.sum_digits + at * x.kDigits, total);
+    subtract_minimums<F, 1, T>({&minimums}, x.sum_digits + at * x.kDigits, total.floats);
   }
   for (int t = 0; t < T; ++t) {
-    V::store(result[t] + row, V::fma(total[0][t], V::set1(x.scales[at + t]), V::load(result[t] + row)));
+    V::store(result[t] + row, V::fma(total.floats[0][t], V::set1(x.scales[at + t]), V::load(result[t] + row)));
   }
 }
 
@@ -387,8 +404,7 @@ PHI4EDGE_INLINE void matmul_tile(const Expanded<F>* w, const QuantizedActivation
     unroll<2>([&](auto h) {  // sixteen columns each
       const int sixteen = 2 * j + h.value, first_group = sixteen * (kGroups / 2);
       typename V::Ints part_sum[R][T];
-      const auto weights = [&](auto g, int r)
-                               PHI4EDGE_INLINE_LAMBDA { return V::load_bytes(w[r].codes[first_group + g.value]); };
+      const auto weights = [&](auto g, int r) { return V::load_bytes(w[r].codes[first_group + g.value]); };
       dot_sixteen<C, R, T>(weights, codes + sixteen * 16, neg_sums + sixteen, part_sum);
       constexpr bool kStarts = !L::kIntegerScales && (F::kSub == 16 || h.value == 0);
       for (int t = 0; t < T; ++t) {

@@ -265,31 +265,41 @@ PHI4EDGE_INLINE void add_sub_block(const uint8_t* lines, const int8_t* codes, co
   }
 }
 
+// Adds four sub-blocks of a super-block, whose first one is 4 * quad.
+template <class F, int T>
+PHI4EDGE_INLINE void add_quad(const uint8_t* lines, const uint8_t* ahead, int quad, V::Ints scale_bytes,
+                              const QuantizedActivations& x, int64_t at, Totals<T>& total) {
+  constexpr int kColumns = 4 * F::kSub, kBytes = kColumns / 32 * Layout<F>::kLineBytes32;
+  lines += quad * kBytes;
+  if (ahead) fetch<kBytes>(ahead + quad * kBytes);
+  const int8_t* codes = x.codes + at * kSuperBlock + quad * kColumns;
+  const int32_t* neg_sums = x.neg_sums + at * 16 + quad * (kColumns / 16);
+  const int32_t* shifts = x.shifts + at * 16 + quad * (kColumns / 16);
+  add_sub_block<F, T, 0>(lines, codes, neg_sums, shifts, scale_bytes, total);
+  add_sub_block<F, T, 1>(lines, codes, neg_sums, shifts, scale_bytes, total);
+  add_sub_block<F, T, 2>(lines, codes, neg_sums, shifts, scale_bytes, total);
+  add_sub_block<F, T, 3>(lines, codes, neg_sums, shifts, scale_bytes, total);
+}
+
 template <class F, int T>
   requires Layout<F>::kOneScale
 PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, const uint8_t* ahead, int row, int,
                                 const QuantizedActivations& x, int64_t at, float (*result)[kPanelRows]) {
   using L = Layout<F>;
+  constexpr int kQuads = L::kSubs / 4;
   Totals<T> total;
   for (int t = 0; t < T; ++t) total.floats[0][t] = V::set1(0.0f), total.integers[t] = V::set1(0);
-  constexpr int kQuads = L::kSubs / 4, kQuadColumns = 4 * F::kSub, kQuadBytes = kQuadColumns / 32 * L::kLineBytes32;
   typename V::Ints scale_bytes[kQuads];
   unroll<kQuads>([&](auto quad) { scale_bytes[quad.value] = F::template scale_bytes<V, quad.value>(scales, row); });
-  const auto add_quad = [&](int quad) __attribute__((always_inline)) {
-    const uint8_t* from = lines + quad * kQuadBytes;
-    const int8_t* codes = x.codes + at * kSuperBlock + quad * kQuadColumns;
-    const int32_t* neg_sums = x.neg_sums + at * 16 + quad * (kQuadColumns / 16);
-    const int32_t* shifts = x.shifts + at * 16 + quad * (kQuadColumns / 16);
-    if (ahead) fetch<kQuadBytes>(ahead + quad * kQuadBytes);
-    add_sub_block<F, T, 0>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
-    add_sub_block<F, T, 1>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
-    add_sub_block<F, T, 2>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
-    add_sub_block<F, T, 3>(from, codes, neg_sums, shifts, scale_bytes[quad], total);
-  };
   if constexpr (T == 1) {  // the scales stay in registers; with more tokens that code is too long to be fast
-    unroll<kQuads>([&](auto quad) { add_quad(quad.value); });
+    add_quad<F, T>(lines, ahead, 0, scale_bytes[0], x, at, total);
+    add_quad<F, T>(lines, ahead, 1, scale_bytes[1], x, at, total);
+    if constexpr (kQuads == 4) {
+      add_quad<F, T>(lines, ahead, 2, scale_bytes[2], x, at, total);
+      add_quad<F, T>(lines, ahead, 3, scale_bytes[3], x, at, total);
+    }
   } else {
-    for (int quad = 0; quad < kQuads; ++quad) add_quad(quad);
+    for (int quad = 0; quad < kQuads; ++quad) add_quad<F, T>(lines, ahead, quad, scale_bytes[quad], x, at, total);
   }
   const auto scale = super_scale<F>(scales, row);
   for (int t = 0; t < T; ++t) {
@@ -518,7 +528,7 @@ void matmul_expanded(const MatmulTask& task) {
   }
 }
 
-constexpr int64_t kMaxDirectTokens = 8;  // up to here unpacking each time is cheaper than expanding
+constexpr int64_t kMaxDirectTokens = 2 * V::kDirectTokens;  // up to here unpacking each time is cheaper than expanding
 
 template <class F>
 void matmul_quantized(const MatmulTask& task) {

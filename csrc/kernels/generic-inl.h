@@ -50,6 +50,8 @@ constexpr int64_t kPrefetchBytes = 16 * 1024;  // ahead of what is in use while 
 // Each builds on the ones before.
 // clang-format off
 #include "kernels/quantized-inl.h"
+#include "kernels/quantized_direct-inl.h"
+#include "kernels/quantized_tiles-inl.h"
 #include "kernels/float-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/attention-inl.h"

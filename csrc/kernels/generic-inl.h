@@ -9,7 +9,7 @@
 //   multiply_bytes(bytes, ints, n): each byte of a lane by the lane's integer, minus that integer << n (n < 0: not), modulo 256
 //   multiply16(a, b), of integers of 16 bits; the upper half of b is zero
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
-//   (-1: nothing) where the instruction wants unsigned ones
+//   (-1: nothing) where the instruction wants unsigned ones; both also with a pointer to four codes, as splat4
 //   kMakesPairs: dot() makes sums of two products in 16 bits; then also multiply_pairs, add_pairs, and sum_pairs, to 32 bits
 //   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
 //   top as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum store_codes

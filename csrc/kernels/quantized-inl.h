@@ -108,8 +108,9 @@ PHI4EDGE_INLINE V::Bytes operand(const uint8_t* lines) {
   return codes;
 }
 
-template <class C>
-PHI4EDGE_INLINE V::Ints dot(V::Ints sum, V::Bytes weights, V::Bytes x) {
+// x: four codes in all lanes, or where they are.
+template <class C, class X>
+PHI4EDGE_INLINE V::Ints dot(V::Ints sum, V::Bytes weights, X x) {
   if constexpr (C::kSigned) {
     return V::dot_signed(sum, weights, x);
   } else {
@@ -145,8 +146,13 @@ PHI4EDGE_INLINE void dot_sixteen(const Weights& weights, const int8_t* codes, co
       typename V::Bytes w[R];
       for (int r = 0; r < R; ++r) w[r] = weights(g, r);
       for (int t = 0; t < T; ++t) {
-        const auto x = V::splat4(codes + t * kSuperBlock + g.value * 4);
-        for (int r = 0; r < R; ++r) sum[r][t] = dot<C>(sum[r][t], w[r], x);
+        const int8_t* at = codes + t * kSuperBlock + g.value * 4;
+        if constexpr (R == 1) {
+          sum[0][t] = dot<C>(sum[0][t], w[0], at);
+        } else {
+          const auto x = V::splat4(at);
+          for (int r = 0; r < R; ++r) sum[r][t] = dot<C>(sum[r][t], w[r], x);
+        }
       }
     });
   } else {

@@ -49,6 +49,8 @@ struct V {
     for (int b = 0; b < 32; b += 8) sum += int32_t(int8_t(w >> b)) * int8_t(x >> b);
     return sum;
   }
+  static Ints dot(Ints sum, Bytes w, const int8_t* x) { return dot(sum, w, splat4(x)); }
+  static Ints dot_signed(Ints sum, Bytes w, const int8_t* x) { return dot_signed(sum, w, splat4(x)); }
 
   static Bytes multiply_bytes(Bytes bytes, Ints factor, int offset_bits) {
     const uint32_t f = uint32_t(factor), offset = offset_bits < 0 ? 0 : f << offset_bits;

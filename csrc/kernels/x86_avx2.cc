@@ -51,6 +51,8 @@ struct V {
   static Ints sum_pairs(Ints pairs) { return {_mm256_madd_epi16(pairs.v, _mm256_set1_epi16(1))}; }
   static Ints dot(Ints sum, Bytes w, Bytes x) { return add(sum, sum_pairs(multiply_pairs(w, x))); }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, {_mm256_abs_epi8(w.v)}, {_mm256_sign_epi8(x.v, w.v)}); }
+  static Ints dot(Ints sum, Bytes w, const int8_t* x) { return dot(sum, w, splat4(x)); }
+  static Ints dot_signed(Ints sum, Bytes w, const int8_t* x) { return dot_signed(sum, w, splat4(x)); }
 
   static Bytes multiply_bytes(Bytes b, Ints factor, int offset_bits) {
     const __m256i low = _mm256_set1_epi16(0xff);

@@ -56,6 +56,15 @@ struct V {
   static constexpr bool kMakesPairs = false;
   static Ints dot(Ints sum, Bytes w, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
   static Ints dot_signed(Ints sum, Bytes w, Bytes x) { return dot(sum, w, x); }
+  // In assembly, or GCC 12 loads the broadcast with an instruction of its own.
+  struct FourBytes {
+    int8_t values[4];
+  };
+  static Ints dot(Ints sum, Bytes w, const int8_t* x) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*reinterpret_cast<const FourBytes*>(x)));
+    return sum;
+  }
+  static Ints dot_signed(Ints sum, Bytes w, const int8_t* x) { return dot(sum, w, x); }
 
   static Bytes multiply_bytes(Bytes b, Ints factor, int offset_bits) {
     const __m512i low = _mm512_set1_epi16(0xff);
@@ -91,7 +100,11 @@ struct V {
   }
   static Bytes as_bytes(Ints v) { return {v.v}; }
   static Ints shift_left(Ints v, int n) { return {_mm512_slli_epi32(v.v, unsigned(n))}; }
-  static Ints shift_left_by(Ints v, const int32_t* n) { return {_mm512_sllv_epi32(v.v, _mm512_set1_epi32(*n))}; }
+  static Ints shift_left_by(Ints v, const int32_t* n) {  // in assembly for the same reason
+    __m512i out;
+    __asm__("vpsllvd %2%{1to16%}, %1, %0" : "=v"(out) : "v"(v.v), "m"(*n));
+    return {out};
+  }
   static Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
   static Ints sub(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   static Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }

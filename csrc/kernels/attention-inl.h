@@ -61,31 +61,33 @@ PHI4EDGE_INLINE void add_values(const AttentionTask& task, const AttentionWork& 
   });
 }
 
-// Of a query over a block of keys, of which it sees those from .. to: scores become weights.  n_keys is of whole panels.
-template <class Cache>
-PHI4EDGE_INLINE void add_to_softmax(const AttentionTask& task, const AttentionWork& work, int64_t key0, int n_keys, int query) {
+// Of a query, which sees some keys of a block: the maximum of scores, and with it what was summed up so far.
+PHI4EDGE_INLINE void raise_maximum(const AttentionTask& task, const AttentionWork& work, int64_t key0, int n_keys, int query) {
   const int64_t from = task.first_key[query] - key0, to = task.last_key[query] - key0;
   float* row = work.rows + query * kKeyBlock;
-  float &maximum = work.maximum[query], &sum = work.sum[query];
+  float& maximum = work.maximum[query];
   for (int64_t k = 0; k < from && k < n_keys; ++k) row[k] = kHidden;
   for (int64_t k = to < 0 ? 0 : to + 1; k < n_keys; ++k) row[k] = kHidden;
   auto m = V::set1(maximum);
   for (int k = 0; k < n_keys; k += V::kRows) m = V::max(m, V::load(row + k));
   const float new_maximum = V::reduce_max(m);
-  if (new_maximum == kHidden) {  // nothing visible yet
-    std::memset(row, 0, size_t(n_keys) * sizeof(float));
-    return;
-  }
-  if (new_maximum > maximum) {
-    alignas(64) float lane[V::kRows];
-    V::store(lane, exp(V::set1(maximum - new_maximum)));
-    const float factor = maximum == kHidden ? 0.0f : lane[0];
-    sum *= factor;
-    float* out = work.out + query * task.value_dim;
-    for (int d = 0; d < task.value_dim; ++d) out[d] *= factor;
-    maximum = new_maximum;
-  }
-  sum += Cache::set_weights(task, work, key0, n_keys, query);
+  if (!(new_maximum > maximum)) return;
+  alignas(64) float lane[V::kRows];
+  V::store(lane, exp2(V::set1(maximum - new_maximum)));
+  const float factor = maximum == kHidden ? 0.0f : lane[0];
+  work.sum[query] *= factor;
+  float* out = work.out + query * task.value_dim;
+  for (int d = 0; d < task.value_dim; ++d) out[d] *= factor;
+  maximum = new_maximum;
+}
+
+// Scores become weights.  Step by step for all queries, which have nothing to wait for then but for themselves.
+template <class Cache>
+PHI4EDGE_INLINE void weigh_keys(const AttentionTask& task, const AttentionWork& work, int64_t key0, int n_keys) {
+  const int n_in_panels = (n_keys + kPanelRows - 1) / kPanelRows * kPanelRows;
+  for (int i = 0; i < task.n_queries; ++i) raise_maximum(task, work, key0, n_in_panels, i);
+  for (int i = 0; i < task.n_queries; ++i) work.sum[i] += Cache::set_weights(task, work, key0, n_in_panels, i);
+  for (int i = 0; i < task.n_queries; ++i) Cache::finish_weights(work, n_in_panels, i);
 }
 
 // Softmax with a running maximum (Milakov and Gimelshein, 2018), so that no full row of scores is ever held.
@@ -104,8 +106,7 @@ void attention(const AttentionTask& task) {
   for (int64_t key0 = first / kKeyBlock * kKeyBlock; key0 <= last; key0 += kKeyBlock) {
     const int n_keys = int(last - key0 + 1 < kKeyBlock ? last - key0 + 1 : kKeyBlock);
     key_scores<Cache>(task, work, key0, n_keys);
-    const int n_in_panels = (n_keys + kPanelRows - 1) / kPanelRows * kPanelRows;
-    for (int i = 0; i < n; ++i) add_to_softmax<Cache>(task, work, key0, n_in_panels, i);
+    weigh_keys<Cache>(task, work, key0, n_keys);
     add_values<Cache>(task, work, key0, n_keys);
   }
   for (int i = 0; i < n; ++i) {

@@ -43,11 +43,29 @@ PHI4EDGE_INLINE void prefetch(const void* from, int64_t n_bytes) {
   for (int64_t i = 0; i < n_bytes; i += kLineBytes) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, 0, 2);
 }
 
-// The share of a score in the softmax, and zero for kHidden, which exp() alone does not reach.
-constexpr float kHidden = -3.0e38f;
-PHI4EDGE_INLINE V::Floats weight_of(V::Floats score, V::Floats maximum) {
-  return V::sub(exp(V::sub(score, maximum)), exp(V::set1(-87.0f)));
+// 2^x for x <= 127; relative error below 2e-7; far below it is 2^-126.  The polynomial is one of least relative error.
+PHI4EDGE_INLINE V::Floats exp2(V::Floats x) {
+  x = V::max(V::set1(-126.0f), x);  // in this order a NaN stays one
+  const auto n = V::round(x);
+  const auto r = V::sub(x, V::to_float(n));
+  auto p = V::set1(0.00132647273f);
+  p = V::fma(p, r, V::set1(0.00967151299f));
+  p = V::fma(p, r, V::set1(0.0555073358f));
+  p = V::fma(p, r, V::set1(0.240222424f));
+  p = V::fma(p, r, V::set1(0.693147004f));
+  p = V::fma(p, r, V::set1(1.0f));
+  return V::as_floats(V::add(V::as_ints(p), V::shift_left(n, 23)));
 }
+
+// Scores are logarithms to the base 2.
+constexpr float kLog2E = 1.44269504f, kHidden = -3.0e38f;
+
+// The share of a score in the softmax, and zero for kHidden; so it is for all while nothing is visible.
+struct Weights {
+  V::Floats maximum;
+  PHI4EDGE_INLINE explicit Weights(float highest) : maximum(V::set1(highest == kHidden ? 0.0f : highest)) {}
+  PHI4EDGE_INLINE V::Floats of(V::Floats score) const { return V::sub(exp2(V::sub(score, maximum)), V::set1(0x1p-126f)); }
+};
 
 // 16-bit integers: both products are sums of integers.
 struct I16Cache {
@@ -73,8 +91,7 @@ struct I16Cache {
   PHI4EDGE_INLINE static void start(const AttentionTask& task, const AttentionWork& work) {
     alignas(64) int16_t codes[kLargestHead];
     for (int i = 0; i < task.n_queries; ++i) {
-      work.query_scales[i] = to_i16(task.queries + i * task.query_stride, task.head_dim, kI16Keys, codes);
-      work.weight_scales[i] = 0;
+      work.query_scales[i] = kLog2E * to_i16(task.queries + i * task.query_stride, task.head_dim, kI16Keys, codes);
       uint8_t* to = work.queries + i / V::kTileQueries * tile_bytes(task) + i % V::kTileQueries * kPair;
       for (int d = 0; d < task.value_dim; d += 2) std::memcpy(to + d / 2 * kTilePairs, codes + d, kPair);
     }
@@ -111,16 +128,16 @@ struct I16Cache {
     return V::mul(V::mul(V::load(scales), V::set1(work.query_scales[query])), V::to_float(sum));
   }
 
-  // Scores to weights, and these times the scales of their values to codes; returns the sum of the weights.
+  // Scores to weights, times the scales of their values; returns the sum of the weights alone.
   PHI4EDGE_INLINE static float set_weights(const AttentionTask& task, const AttentionWork& work, int64_t key0, int n_keys,
                                            int query) {
-    constexpr float kTiny = 1e-37f;  // its reciprocal is finite
     float* row = work.rows + query * kKeyBlock;
-    const auto maximum = V::set1(work.maximum[query]), zero = V::set1(0.0f);
+    const Weights weights(work.maximum[query]);
+    const auto zero = V::set1(0.0f);
     auto total = zero, largest = zero, sum = zero;
     for (int k = 0; k < n_keys; k += V::kRows) {
       const auto* scales = reinterpret_cast<const float*>(panel(task.values, (key0 + k) / kPanelRows, task)) + k % kPanelRows;
-      const auto weight = weight_of(V::load(row + k), maximum);
+      const auto weight = weights.of(V::load(row + k));
       total = V::add(total, weight);
       // Behind the last key is anything, even NaN; its weight is zero, and so is the maximum of both.
       const auto scaled = V::max(V::mul(weight, V::load(scales)), zero);
@@ -129,12 +146,16 @@ struct I16Cache {
       V::store(row + k, scaled);
     }
     const float of_largest = V::reduce_max(largest) / kI16Weight, of_sum = V::reduce_sum(sum) / kI16WeightSum;
-    const float scale = of_largest > of_sum ? of_largest : of_sum;
-    auto* codes = reinterpret_cast<int16_t*>(row);  // each behind what was read already
-    const auto to_code = V::set1(scale > kTiny ? 1.0f / scale : 0.0f);
-    for (int k = 0; k < n_keys; k += V::kRows) V::store_codes(codes + k, V::round(V::mul(V::load(row + k), to_code)));
-    work.weight_scales[query] = scale;
+    work.weight_scales[query] = of_largest > of_sum ? of_largest : of_sum;
     return V::reduce_sum(total);
+  }
+  // And to codes, at the start of the row, each behind what was read already.
+  PHI4EDGE_INLINE static void finish_weights(const AttentionWork& work, int n_keys, int query) {
+    constexpr float kTiny = 1e-37f;  // its reciprocal is finite
+    float* row = work.rows + query * kKeyBlock;
+    auto* codes = reinterpret_cast<int16_t*>(row);
+    const auto to_code = V::set1(work.weight_scales[query] > kTiny ? 1.0f / work.weight_scales[query] : 0.0f);
+    for (int k = 0; k < n_keys; k += V::kRows) V::store_codes(codes + k, V::round(V::mul(V::load(row + k), to_code)));
   }
 
   template <int N, int T>
@@ -166,19 +187,20 @@ struct FloatSums {
 
   PHI4EDGE_INLINE static void start(const AttentionTask&, const AttentionWork&) {}
   PHI4EDGE_INLINE static V::Floats score(const AttentionTask&, const AttentionWork&, int64_t, int64_t, V::Floats sum) {
-    return sum;
+    return V::mul(sum, V::set1(kLog2E));
   }
   PHI4EDGE_INLINE static float set_weights(const AttentionTask&, const AttentionWork& work, int64_t, int n_keys, int query) {
     float* row = work.rows + query * kKeyBlock;
-    const auto maximum = V::set1(work.maximum[query]);
+    const Weights weights(work.maximum[query]);
     auto total = V::set1(0.0f);
     for (int k = 0; k < n_keys; k += V::kRows) {
-      const auto weight = weight_of(V::load(row + k), maximum);
+      const auto weight = weights.of(V::load(row + k));
       V::store(row + k, weight);
       total = V::add(total, weight);
     }
     return V::reduce_sum(total);
   }
+  PHI4EDGE_INLINE static void finish_weights(const AttentionWork&, int, int) {}
   PHI4EDGE_INLINE static V::Floats value(const AttentionWork&, int64_t, V::Floats sum, V::Floats so_far) {
     return V::add(so_far, sum);
   }

@@ -68,8 +68,9 @@ struct I16Limits {
 };
 inline constexpr I16Limits kI16Keys{32767, 46300}, kI16Values{8191, 8191 * 32};  // this norm limits nothing: 32^2 dims
 inline constexpr float kI16Weight = 32767, kI16WeightSum = 262000;
-static_assert((int64_t(46300) + 17) * (46300 + 17) <= INT32_MAX && 16 * 16 >= kLargestHead / 4);  // rounding adds up to 1/2
-static_assert((int64_t(262000) + 65) * 8191 <= INT32_MAX);
+// Rounding adds up to 1/2 for each of 1024 dims, whose norm is 16, and for each of 128 keys; a little is for errors of floats.
+static_assert((int64_t(46300) + 16 + 1) * (46300 + 16 + 1) <= INT32_MAX && kLargestHead <= 4 * 16 * 16);
+static_assert((int64_t(262000) + 64 + 10) * 8191 <= INT32_MAX);
 
 // 16 positions: 16 float scales, and then lines of 16 pairs of codes.
 //   keys     [value_dim / 2][16 keys][2 dims]

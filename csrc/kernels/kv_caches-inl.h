@@ -151,7 +151,7 @@ struct I16Cache {
   }
   // And to codes, at the start of the row, each behind what was read already.
   PHI4EDGE_INLINE static void finish_weights(const AttentionWork& work, int n_keys, int query) {
-    constexpr float kTiny = 1e-37f;  // its reciprocal is finite
+    constexpr float kTiny = 1e-37f;  // its reciprocal is finite; values below 2^-90 or so thus become zero
     float* row = work.rows + query * kKeyBlock;
     auto* codes = reinterpret_cast<int16_t*>(row);
     const auto to_code = V::set1(work.weight_scales[query] > kTiny ? 1.0f / work.weight_scales[query] : 0.0f);

@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("-p", "--n-prompt", type=int, default=512)
     parser.add_argument("-n", "--n-decode", type=int, default=32)
     parser.add_argument("-t", "--threads", type=int, default=2)
-    parser.add_argument("--kv-type", choices=("f16", "q8_0"), default="f16", help="KV cache of both sides")
+    parser.add_argument("--kv-type", choices=("i16", "q8_0"), default="i16", help="KV cache; llama.cpp: f16 for i16")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")

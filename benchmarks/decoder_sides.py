@@ -76,7 +76,7 @@ class LlamaCpp:
         params.n_ctx = n_context
         params.n_batch = params.n_ubatch = self.BATCH
         params.n_threads = params.n_threads_batch = n_threads
-        if kv_type != "f16":
+        if kv_type != "i16":  # its own numbers of 16 bits, halves, are what it takes anyway
             params.type_k = params.type_v = getattr(api, f"GGML_TYPE_{kv_type.upper()}")
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = api.llama_init_from_model(self._model, params)
@@ -197,7 +197,7 @@ class Worker:
         *,
         n_context: int,
         n_threads: int,
-        kv_type: str = "f16",
+        kv_type: str = "i16",
         python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
     ) -> None:

@@ -13,7 +13,7 @@
     an adapter, and on the bundle that has the adapter in its weights.  Sides take turns, and each round begins with
     another one; a ratio is the median over the rounds.
 
-``python -m benchmarks.multimodal long BUNDLE --minutes 30 --kv-type f16``
+``python -m benchmarks.multimodal long BUNDLE --minutes 30 --kv-type i16``
     One recording in one prompt.  It takes many minutes, and shows how far it is.  Peak memory includes the file, 58 MB
     for 30 minutes.
 
@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-t", "--threads", type=int, default=2)
     common.add_argument("-n", "--n-decode", type=int, default=32, help="single tokens after the first")
-    common.add_argument("--kv-type", default="f16")
+    common.add_argument("--kv-type", default="i16")
     common.add_argument("--record", type=Path, help="append one JSON line per quantity to this file")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -19,7 +19,7 @@ class Row:
     kind: str
     mix: str
     about: str
-    kv_type: str = "f16"
+    kv_type: str = "i16"
     threads: int | None = None  # None: as the command says
     isa: str = ""
     targets: Mapping[str, float] = field(default_factory=dict)
@@ -54,7 +54,7 @@ ROWS: dict[str, Row] = {
     "decode-Q4_K_M": _decode("Q4_K_M", 1.35),
     "decode-Q3_K_M": _decode("Q3_K_M", 1.9),
     "decode-Q2_K": _decode("Q2_K", 2.2),
-    "decode-8192-f16": Row(
+    "decode-8192-i16": Row(
         "long decode",
         "Q4_K_M",
         f"single tokens after {LONG_CONTEXT}, next to after none",
@@ -89,7 +89,7 @@ ROWS: dict[str, Row] = {
         "from a path to the first logits, the file being in the page cache",
         targets={"seconds": 1.5, "bytes beyond weights and KV": 200e6},
     ),
-    "memory-f16": Row("memory", "Q4_K_M", "peak memory by tokens of context"),
+    "memory-i16": Row("memory", "Q4_K_M", "peak memory by tokens of context"),
     "memory-q8_0": Row("memory", "Q4_K_M", "peak memory by tokens of context", kv_type="q8_0"),
 }
 AT_MOST = ("seconds", "bytes beyond weights and KV")  # targets that are upper bounds

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("-p", "--n-prompt", type=int, default=64)
     parser.add_argument("-n", "--n-decode", type=int, default=32, help="steps; each is a token of every sequence")
     parser.add_argument("-t", "--threads", type=int, default=2)
-    parser.add_argument("--kv-type", choices=_core.kv_types(), default="f16")
+    parser.add_argument("--kv-type", choices=_core.kv_types(), default="i16")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     parser.add_argument("--record", type=Path, help="append one JSON line for each number of sequences to this file")

@@ -342,13 +342,13 @@ void bind_config(py::module_& m) {
       [](const gguf::File& file, int64_t n_context, const std::string& kv_type) {
         return memory_need(file, read_config(file), n_context, kv_type_named(kv_type));
       },
-      "file"_a, "n_context"_a, "kv_type"_a = "f16", "What loading the file and one session of n_context tokens take.");
+      "file"_a, "n_context"_a, "kv_type"_a = "i16", "What loading the file and one session of n_context tokens take.");
   m.def(
       "kv_bytes_per_token",
       [](const ModelConfig& config, const std::string& kv_type) {
         return KvCache::bytes_per_token(config, kv_type_named(kv_type));
       },
-      "config"_a, "kv_type"_a = "f16");
+      "config"_a, "kv_type"_a = "i16");
   m.def(
       "kv_types",
       [] {

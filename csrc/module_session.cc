@@ -95,7 +95,7 @@ void bind_sessions(py::module_& m) {
       .def(py::init([](std::shared_ptr<Model> model, int64_t n_context, const std::string& kv_type) {
              return std::make_unique<Session>(std::move(model), n_context, kv_type_named(kv_type));
            }),
-           "model"_a, "n_context"_a, "kv_type"_a = "f16")
+           "model"_a, "n_context"_a, "kv_type"_a = "i16")
       .def(
           "extend",
           [](Session& session, const TokenArray& tokens, const std::string& logits, const py::object& progress) {

@@ -150,7 +150,7 @@ class ModelInfo:
         return 8 * sum(share.n_bytes for share in self.types) / max(1, self.n_parameters)
 
 
-def inspect(path: str | os.PathLike[str] | None = None, context: int | None = None, kv_type: str = "f16") -> ModelInfo:
+def inspect(path: str | os.PathLike[str] | None = None, context: int | None = None, kv_type: str = "i16") -> ModelInfo:
     """Reads the header of a GGUF file (all headers, of a split one), or of the one in a bundle directory.
 
     ``path`` is that of :func:`phi4edge.load`: ``None`` is the embedded model.

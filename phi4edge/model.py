@@ -47,7 +47,7 @@ def load(
     *,
     context: int | None = None,
     threads: int | None = None,
-    kv_type: str = "f16",
+    kv_type: str = "i16",
     isa: str = "",
     provider: str = "auto",
     check_memory: bool = True,
@@ -59,7 +59,8 @@ def load(
     context: tokens that a conversation may have, for which there must be memory at once; None: as many as the model was
         trained on, as far as there is memory.
     threads: None takes the physical cores that this process may use.
-    kv_type: what the KV cache stores: ``"f16"``, ``"f32"``, or ``"q8_0"`` (8 bits a number and a scale for 32 of them).
+    kv_type: what the KV cache stores: ``"i16"`` (16 bits a number, and a scale for all of a head), ``"f32"``, or
+        ``"q8_0"`` (8 bits a number and a scale for 32 of them).
     isa: name of an instruction set of ``isas()``; empty takes the environment's ``PHI4EDGE_ISA``, or the best.
     provider: what runs the encoders of images and sounds: ``"auto"``, ``"cpu"``, or another of ``encoder_providers()``.
     progress: called with (bytes done, bytes in all).

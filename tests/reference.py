@@ -24,7 +24,7 @@ LAYER_TENSORS += ["ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
 class Reference:
     """Weights of a file as floats, and their logits.
 
-    round_kv: what storing does to keys (rotated) and values, [heads, n_tokens, head_dim].
+    round_keys, round_values: what storing does to keys (rotated) and values, [heads, n_tokens, head_dim].
 
     Example: ``Reference("model.gguf").logits([1, 2, 3])`` is float32 [3, vocab].
     """
@@ -33,9 +33,10 @@ class Reference:
         self,
         path: str | os.PathLike[str],
         dtype: npt.DTypeLike = np.float32,
-        round_kv: Callable[[Floats], Floats] = lambda rows: rows,
+        round_keys: Callable[[Floats], Floats] = lambda rows: rows,
+        round_values: Callable[[Floats], Floats] = lambda rows: rows,
     ) -> None:
-        self._round_kv = round_kv
+        self._round_keys, self._round_values = round_keys, round_values
         reader = gguf.GGUFReader(path)
         self._fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tok")}
         self.architecture: str = self._fields["general.architecture"]
@@ -113,7 +114,7 @@ class Reference:
         heads = stacked.reshape(n_tokens, -1, head_dim).swapaxes(0, 1)
         q, k, v = np.split(heads, [self.n_heads, self.n_heads + self.n_kv_heads])
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        k, v = self._round_kv(k), self._round_kv(v)
+        k, v = self._round_keys(k), self._round_values(v)
         distance = np.arange(n_tokens)[:, None] - np.arange(n_tokens)
         hidden_keys = distance < 0
         if self.sliding_window:

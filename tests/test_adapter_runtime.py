@@ -110,7 +110,7 @@ def test_adapters_of_any_type_on_any_base_are_as_good_as_in_llama_cpp(
     base = base_of(models, "fused", base_type)
     adapter = adapter_of(base, type_a, type_b, rank)
     expected, theirs = log_probabilities(exact(base, adapter, 0.4)), of_llama_cpp(base, adapter, 0.4)
-    ours = log_probabilities(session_with(load(base, isa=isa), adapter, 0.4, "f16").extend(TOKENS, "all"))
+    ours = log_probabilities(session_with(load(base, isa=isa), adapter, 0.4, "i16").extend(TOKENS, "all"))
     our_divergence, their_divergence = mean_divergence(expected, ours), mean_divergence(expected, theirs)
     apart = mean_divergence(theirs, ours)
     print(

@@ -20,7 +20,7 @@ def test_both_sides_compute_the_same(tmp_path: Path) -> None:
     checkpoint, bundle, saved = tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "request.npz"
     checkpoints.write_checkpoint(checkpoint, checkpoints.SHAPES["tiny"], "phi4_multimodal")
     convert(checkpoint, bundle, "f32", encoders="fp32", adapter_quant="f32")
-    ours = sides.Phi4Edge(str(bundle), context=1024, threads=1, kv_type="f16")
+    ours = sides.Phi4Edge(str(bundle), context=1024, threads=1, kv_type="i16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers calls its own old names
         theirs = sides.Transformers(str(checkpoint), threads=1)

@@ -434,9 +434,9 @@ def test_info_json_knows_the_memory_for_a_context(model: str) -> None:
     assert long["total_bytes"] == parts
     assert long["fits"] is True
     wide = json.loads(run("info", model, "--json", "--context", "1024", "--kv-type", "f32").stdout)["memory"]
-    assert wide["kv_cache_bytes"] == 2 * long["kv_cache_bytes"]
+    assert wide["kv_cache_bytes"] == long["kv_cache_bytes"] * (4 * 64) // (2 * 64 + 4)  # heads of 64
     narrow = json.loads(run("info", model, "--json", "--context", "1024", "--kv-type", "q8_0").stdout)["memory"]
-    assert (narrow["kv_type"], narrow["kv_cache_bytes"]) == ("q8_0", long["kv_cache_bytes"] * 34 // 64)
+    assert (narrow["kv_type"], narrow["kv_cache_bytes"]) == ("q8_0", wide["kv_cache_bytes"] * 34 // 128)
 
 
 def test_every_type_of_the_cache_can_be_chosen(model: str) -> None:

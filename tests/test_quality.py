@@ -329,7 +329,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_variants_are_measured_and_sums_are_sums(document: dict[str, Any], tmp_path: Path) -> None:
-    assert (document["kv_type"], document["provider"]) == ("f16", "auto")
+    assert (document["kv_type"], document["provider"]) == ("i16", "auto")
     results = {(each["backbone"], each["adapters"], each["encoders"]): each for each in document["results"]}
     assert len(results) == len(document["results"])
     assert next(iter(results)) == ("f32", "f32", "fp32")

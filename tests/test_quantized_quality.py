@@ -1,7 +1,7 @@
 """Quantized models stay at least as close to the exact answer as llama.cpp does.
 
 The exact answer is reference.py on the dequantized weights of the same file, so only the arithmetic of a runtime is
-judged: activations in 8 bits, the F16 KV cache, the order of additions.
+judged: activations in 8 bits, the 16-bit KV cache, the order of additions.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def load(path: Path, n_threads: int = 2, isa: str = "") -> _core.Model:
     return _core.Model(_core.GgufFile(path), n_threads, isa)
 
 
-def sessions_of(model: _core.Model, prepare: Prepare | None = None, kv_type: str = "f16") -> list[_core.Session]:
+def sessions_of(model: _core.Model, prepare: Prepare | None = None, kv_type: str = "i16") -> list[_core.Session]:
     sessions = [_core.Session(model, 512, kv_type) for _ in PROMPTS]
     for i, (session, prompt) in enumerate(zip(sessions, PROMPTS, strict=True)):
         if prepare is not None:
@@ -87,7 +87,7 @@ def test_caches_of_different_types_meet_in_a_step(models: Path) -> None:
     model = load(tiny_gguf(models, "F16", **SHAPE, head_dim=24, heads=6, kv_heads=1))
 
     def mixed() -> list[_core.Session]:
-        sessions = [_core.Session(model, 512, kind) for kind in ("f16", "q8_0", "f32", "q8_0")]
+        sessions = [_core.Session(model, 512, kind) for kind in ("i16", "q8_0", "f32", "q8_0")]
         for session, prompt in zip(sessions, PROMPTS, strict=True):
             session.extend(prompt, "none")
         return sessions

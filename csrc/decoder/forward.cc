@@ -238,10 +238,10 @@ void Forward::store_keys_and_values(Worker& worker, int64_t layer) {
 }
 
 void Forward::attend(Worker& worker, int64_t layer) {
-  const int64_t n_kv_heads = config_.n_kv_heads;
-  worker.share(int64_t(tiles_.size()) * n_kv_heads, 1, [&](int64_t item, int64_t) {
-    attend_tile(worker, layer, tiles_[size_t(item / n_kv_heads)], item % n_kv_heads);
-  });
+  const auto n_tiles = int64_t(tiles_.size());
+  // Head by head: the keys and values of one stay in the cache while all tiles go over them.
+  worker.share(config_.n_kv_heads * n_tiles, 1,
+               [&](int64_t item, int64_t) { attend_tile(worker, layer, tiles_[size_t(item % n_tiles)], item / n_tiles); });
 }
 
 void Forward::attend_tile(Worker& worker, int64_t layer, const Tile& tile, int64_t kv_head) {

@@ -9,12 +9,10 @@
 namespace phi4edge {
 namespace {
 
-constexpr int64_t kLargestHead = 1024;  // read_config() allows no more
-
 constexpr KvFormat kFormats[kKvTypeCount] = {
-    {KvType::kF16, "f16", 16, 32},
-    {KvType::kF32, "f32", 16, 64},
-    {KvType::kQ8_0, "q8_0", KvBlock::kDims, sizeof(KvBlock) / kPanelRows},
+    {KvType::kI16, "i16", 16, I16Panel::kDimBytes, I16Panel::kScaleBytes / kPanelRows},
+    {KvType::kF32, "f32", 16, 64, 0},
+    {KvType::kQ8_0, "q8_0", KvBlock::kDims, sizeof(KvBlock) / kPanelRows, 0},
 };
 
 const KvFormat& format_of(KvType type) { return kFormats[int(type)]; }
@@ -24,21 +22,39 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 // A key or a value of one head.
 size_t row_bytes(const ModelConfig& config, KvType type) {
   const KvFormat& format = format_of(type);
-  return size_t(round_up(config.head_dim, format.block_values) / format.block_values * format.block_bytes);
+  return size_t(round_up(config.head_dim, format.block_values) / format.block_values * format.block_bytes + format.scale_bytes);
 }
 
 size_t head_bytes_for(const ModelConfig& config, int64_t n_positions, KvType type) {
   return size_t(round_up(n_positions, kPanelRows)) * row_bytes(config, type);
 }
 
+// Each goes to its column of a panel.
+void store_integers(const float* key, const float* value, int64_t head_dim, int64_t value_dim, int64_t row, uint8_t* keys,
+                    uint8_t* values, const KernelTable& kernels) {
+  int16_t codes[kLargestHead];
+  float key_scale = kernels.to_i16(key, head_dim, kI16Keys, codes);
+  auto* pairs_of_dims = reinterpret_cast<int16_t*>(keys + I16Panel::kScaleBytes) + row * 2;
+  for (int64_t d = 0; d < value_dim; d += 2) std::memcpy(pairs_of_dims + d * kPanelRows, codes + d, 2 * sizeof(int16_t));
+
+  float value_scale = kernels.to_i16(value, head_dim, kI16Values, codes);
+  if (std::isnan(value_scale)) key_scale = value_scale, value_scale = 0;
+  auto* pairs_of_keys = reinterpret_cast<int16_t*>(values + I16Panel::kScaleBytes) + row / 2 * 2 * kPanelRows + row % 2;
+  for (int64_t d = 0; d < value_dim; ++d) {
+    pairs_of_keys[d / kPanelRows * kPanelRows * kPanelRows + d % kPanelRows * 2] = codes[d];
+  }
+  reinterpret_cast<float*>(keys)[row] = key_scale;
+  reinterpret_cast<float*>(values)[row] = value_scale;
+}
+
 // The key goes to its column of a panel, the value to its row, with zeros behind it.
-template <class T>
-void store_numbers(const T* key, const T* value, int64_t head_dim, int64_t value_dim, int64_t position, T* keys, T* values) {
+void store_floats(const float* key, const float* value, int64_t head_dim, int64_t value_dim, int64_t position, float* keys,
+                  float* values) {
   keys += position / kPanelRows * head_dim * kPanelRows + position % kPanelRows;
   for (int64_t d = 0; d < head_dim; ++d) keys[d * kPanelRows] = key[d];
   values += position * value_dim;
-  std::memcpy(values, value, size_t(head_dim) * sizeof(T));
-  std::memset(values + head_dim, 0, size_t(value_dim - head_dim) * sizeof(T));
+  std::memcpy(values, value, size_t(head_dim) * sizeof(float));
+  std::memset(values + head_dim, 0, size_t(value_dim - head_dim) * sizeof(float));
 }
 
 struct Codes {
@@ -100,18 +116,15 @@ void KvCache::store(int64_t layer, int64_t kv_head, int64_t position, const floa
   uint8_t* keys = keys_.get() + offset(layer, kv_head);
   uint8_t* values = values_.get() + offset(layer, kv_head);
   switch (type_) {
-    case KvType::kF32:
-      store_numbers(key, value, head_dim_, value_dim_, position, reinterpret_cast<float*>(keys),
-                    reinterpret_cast<float*>(values));
-      break;
-    case KvType::kF16: {
-      uint16_t half[2][kLargestHead];
-      kernels.to_half(key, head_dim_, half[0]);
-      kernels.to_half(value, head_dim_, half[1]);
-      store_numbers(half[0], half[1], head_dim_, value_dim_, position, reinterpret_cast<uint16_t*>(keys),
-                    reinterpret_cast<uint16_t*>(values));
+    case KvType::kI16: {
+      const size_t panel = size_t(position / kPanelRows) * panel_bytes_;
+      store_integers(key, value, head_dim_, value_dim_, position % kPanelRows, keys + panel, values + panel, kernels);
       break;
     }
+    case KvType::kF32:
+      store_floats(key, value, head_dim_, value_dim_, position, reinterpret_cast<float*>(keys),
+                   reinterpret_cast<float*>(values));
+      break;
     case KvType::kQ8_0: {
       Codes codes[2];
       const float* heads[2] = {key, value};

@@ -1,5 +1,6 @@
 // Keys and values of the tokens seen so far.
-//   f16, f32   keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention multiplies
+//   i16        both    [layer][kv_head][position / 16] of I16Panel; value_dim is head_dim rounded up to 16
+//   f32        keys    [layer][kv_head][position / 16][head_dim][16]   a panel of 16 keys is what the attention multiplies
 //              values  [layer][kv_head][position][value_dim]           value_dim is head_dim rounded up to 16
 //   q8_0       both    [layer][kv_head][position / 16][value_dim / 32] of KvBlock; value_dim is head_dim rounded up to 32;
 //              what is stored is spread(key), spread(value)
@@ -15,11 +16,11 @@
 
 namespace phi4edge {
 
-// One way to store keys and values.  A key, or a value, takes whole blocks.
+// One way to store keys and values.  A key, or a value, takes whole blocks, and scale_bytes beside them.
 struct KvFormat {
   KvType type;
   const char* name;
-  int64_t block_values, block_bytes;
+  int64_t block_values, block_bytes, scale_bytes;
 };
 
 std::span<const KvFormat> kv_formats();

@@ -1,4 +1,4 @@
-// Exponential, SiLU, halves, and the quantisation of activations.
+// Exponential, SiLU, and the quantisation of activations, keys and values.
 //
 // Part of generic-inl.h, which includes it.
 #pragma once
@@ -70,17 +70,6 @@ void silu_multiply(const float* gate, const float* up, int64_t n_values, float* 
   for (int64_t j = i; j < n_values; ++j) tail[0][j - i] = gate[j], tail[1][j - i] = up[j];
   V::store(tail[0], silu_times(V::load(tail[0]), V::load(tail[1])));
   for (int64_t j = i; j < n_values; ++j) out[j] = tail[0][j - i];
-}
-
-void to_half(const float* x, int64_t n_values, uint16_t* out) {
-  int64_t i = 0;
-  for (; i + V::kRows <= n_values; i += V::kRows) V::store_half(out + i, V::load(x + i));
-  for (; i < n_values; ++i) {
-    alignas(64) float lanes[V::kRows] = {x[i]};
-    alignas(64) uint16_t halves[V::kRows];
-    V::store_half(halves, V::load(lanes));
-    out[i] = halves[0];
-  }
 }
 
 // The bits of the largest magnitude of 16 values.  Magnitudes are in the order of their bits, and infinities and NaN, which
@@ -195,6 +184,39 @@ void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const Quantiz
       for (int i = 0; i < 8; ++i) out.neg_sums32[at * 8 + i] = float(sums32[i]) * out.scales[at * 8 + i];
     }
   }
+}
+
+float to_i16(const float* x, int64_t n_values, const I16Limits& limits, int16_t* codes) {
+  constexpr int32_t kSmallest = (127 - 110) << 23, kTooLarge = (127 + 126) << 23;  // reciprocals and scales are normal numbers
+  const int64_t n_whole = n_values / 16 * 16;
+  alignas(64) float rest[16] = {};
+  std::memcpy(rest, x + n_whole, size_t(n_values - n_whole) * sizeof(float));
+  const auto for_all = [&](auto&& body) {
+    for (int64_t i = 0; i < n_values; i += V::kRows) body(i, V::load(i < n_whole ? x + i : rest + (i - n_whole)));
+  };
+  const size_t n_bytes = size_t(n_values + 15) / 16 * 16 * sizeof(int16_t);
+  if (n_values > n_whole) std::memset(codes + n_whole, 0, 16 * sizeof(int16_t));
+
+  auto bits = V::set1(0);
+  for_all([&](int64_t, V::Floats v) { bits = V::max(bits, V::magnitude_bits(v)); });
+  const int32_t largest_bits = V::reduce_max(bits);
+  if (largest_bits < kSmallest || largest_bits >= kTooLarge) {
+    std::memset(codes, 0, n_bytes);
+    return largest_bits < kSmallest ? 0.0f : __builtin_nanf("");
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
+  const auto to_one = V::set1(1.0f / largest);  // first, or squares would leave the range of floats
+  auto squares = V::set1(0.0f);
+  for_all([&](int64_t, V::Floats v) {
+    v = V::mul(v, to_one);
+    squares = V::fma(v, v, squares);
+  });
+  const float norm = __builtin_sqrtf(V::reduce_sum(squares));
+  const float factor = norm / limits.norm > 1.0f / limits.code ? norm / limits.norm : 1.0f / limits.code;
+  const auto to_code = V::set1(1.0f / factor);
+  for_all([&](int64_t i, V::Floats v) { V::store_codes(codes + i, V::round(V::mul(V::mul(v, to_one), to_code))); });
+  return largest * factor;
 }
 
 }  // namespace

@@ -8,13 +8,14 @@
 //   load_bytes  store_bytes  splat4 (4 codes to all lanes)  bit_field<From, To, Mask>  or_  lookup(bytes, 16 signed bytes)
 //   multiply_bytes(bytes, ints, n): each byte of a lane by the lane's integer, minus that integer << n (n < 0: not), modulo 256
 //   multiply16(a, b), of integers of 16 bits; the upper half of b is zero
+//   dot16(acc, a, pointer to a pair): adds both products of a lane's 16-bit integers and the pair's
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones; both also with a pointer to four codes, as splat4
 //   kMakesPairs: dot() makes sums of two products in 16 bits; then also multiply_pairs, add_pairs, and sum_pairs, to 32 bits
 //   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
-//   top as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum store_codes
-//   (as int8) load  store load_half  store_half  set1(float) mul  add  sub  fma  max (the second one if either is NaN)  div
-//   to_float  round as_floats as_ints  magnitude_bits reduce_max  reduce_sum
+//   top  as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum
+//   store_codes (as int8 or int16)  load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the second one if
+//   either is NaN)  div  to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -54,6 +55,7 @@ constexpr int64_t kPrefetchBytes = 16 * 1024;  // ahead of what is in use while 
 #include "kernels/quantized_tiles-inl.h"
 #include "kernels/float-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/kv_caches-inl.h"
 #include "kernels/attention-inl.h"
 #include "kernels/peak-inl.h"
 // clang-format on
@@ -63,10 +65,6 @@ namespace {
 
 size_t matmul_scratch_bytes(int64_t n_tokens) {
   return kGroupParts * ((kMaxExpandedBytes + 63) / 64 * 64) + size_t(n_tokens) * kGroupPanels * kPanelRows * sizeof(float);
-}
-
-size_t attention_scratch_bytes(int n_queries, int value_dim) {
-  return size_t(n_queries) * (kKeyBlock + value_dim + 2) * sizeof(float);
 }
 
 constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_row) {
@@ -83,12 +81,12 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   table.quantize_row = quantize_row;
   table.quantize[int(ActivationScale::kFor32)] = quantize<32>;
   table.quantize[int(ActivationScale::kFor256)] = quantize<kSuperBlock>;
-  table.attention[int(KvType::kF16)] = attention<NumberCache<F16>>;
-  table.attention[int(KvType::kF32)] = attention<NumberCache<F32>>;
+  table.attention[int(KvType::kI16)] = attention<I16Cache>;
+  table.attention[int(KvType::kF32)] = attention<FloatCache>;
   table.attention[int(KvType::kQ8_0)] = attention<BlockCache>;
   table.silu_multiply = silu_multiply;
   table.rms_norm = rms_norm;
-  table.to_half = to_half;
+  table.to_i16 = to_i16;
   table.to_q8 = to_q8;
   table.repeat_dots = repeat_dots;
   table.matmul_scratch_bytes = matmul_scratch_bytes;

@@ -58,8 +58,31 @@ struct MatmulTask {
 };
 
 // How keys and values are stored; kv_formats() of decoder/kv_cache has the names and sizes.
-enum class KvType : int { kF16, kF32, kQ8_0 };
+enum class KvType : int { kI16, kF32, kQ8_0 };
 inline constexpr int kKvTypeCount = 3;
+
+inline constexpr int64_t kLargestHead = 1024;  // dims; read_config() allows no more
+
+// Keys, queries and values as 16-bit integers, with one scale for each: no code is larger than `code`, nor is the square root
+// of the sum of their squares larger than `norm`.  Whatever the numbers were, sums of products then are within 32 bits: that of
+// a key and a query is no larger than the product of their norms; that of weights and values than the sum of the weights,
+// which attention holds below kI16WeightSum, times the largest code.  13 bits for values leave 16 for weights that are alike.
+struct I16Limits {
+  float code, norm;
+};
+inline constexpr I16Limits kI16Keys{32767, 46300}, kI16Values{8191, 8191 * 32};  // this norm limits nothing: 32^2 dims
+inline constexpr float kI16Weight = 32767, kI16WeightSum = 262000;
+// Rounding adds up to 1/2 for each of 1024 dims, whose norm is 16, and for each of 128 keys; a little is for errors of floats.
+static_assert((int64_t(46300) + 16 + 1) * (46300 + 16 + 1) <= INT32_MAX && kLargestHead <= 4 * 16 * 16);
+static_assert((int64_t(262000) + 64 + 10) * 8191 <= INT32_MAX);
+
+// 16 positions: 16 float scales, and then lines of 16 pairs of codes.
+//   keys     [value_dim / 2][16 keys][2 dims]
+//   values   [value_dim / 16][8 pairs of keys][16 dims][2 keys]
+// What is not finite in a value makes the scale of its key NaN: scales of values are finite.
+struct I16Panel {
+  static constexpr int64_t kScaleBytes = kPanelRows * sizeof(float), kDimBytes = kPanelRows * sizeof(int16_t);
+};
 
 // Q8_0 of 32 dims of 16 keys, or of 16 values: a half scale and 32 codes for each, as in GGUF's blocks.
 struct KvBlock {
@@ -70,8 +93,9 @@ struct KvBlock {
 static_assert(sizeof(KvBlock) == kPanelRows * 34);
 
 // Softmax attention of a tile of query rows over one KV head.
-//   half or float   K: [key / 16][head_dim][16 keys]               V: [key][value_dim]
-//   Q8_0            K: [key / 16][value_dim / 32] of KvBlock       V: the same
+//   I16     K: [key / 16] of I16Panel                      V: the same
+//   F32     K: [key / 16][head_dim][16 keys]               V: [key][value_dim]
+//   Q8_0    K: [key / 16][value_dim / 32] of KvBlock       V: the same
 struct AttentionTask {
   const float* queries;  // row i starts at queries + i * query_stride; already multiplied by 1 / sqrt(head_dim)
   int64_t query_stride;
@@ -99,7 +123,9 @@ struct KernelTable {
   // x += add (where it is not null), then  out = x / sqrt(mean(x^2) + epsilon) * weight
   void (*rms_norm)(float* x, const float* add, const float* weight, int64_t n_values, float epsilon, float* out);
   void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);
-  void (*to_half)(const float* x, int64_t n_values, uint16_t* out);
+  // Codes, with zeros up to a multiple of 16, and their scale.  What is not finite, or 2^126 or more, makes the scale NaN;
+  // a head of nothing but numbers below 2^-110 becomes zero.
+  float (*to_i16)(const float* x, int64_t n_values, const I16Limits& limits, int16_t* codes);
   // Codes and half scales of 32 values each, as KvBlock has them; zeros fill up the last 32.
   void (*to_q8)(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales);
   // Sixteen-row panel, lane `row`, back to floats.

@@ -58,6 +58,11 @@ struct V {
     for (int b = 0; b < 32; b += 8) out |= (((bytes >> b & 0xff) * f - offset) & 0xff) << b;
     return out;
   }
+  static Ints dot16(Ints sum, Ints a, const void* pair) {  // modulo 2^32, as vectors do: what goes beyond is never used
+    const auto b = read<int32_t>(pair);
+    const int32_t low = int16_t(a) * int16_t(b), high = (a >> 16) * (b >> 16);
+    return int32_t(uint32_t(sum) + uint32_t(low) + uint32_t(high));
+  }
   static Ints multiply16(Ints a, Ints b) { return a * int16_t(b); }
 
   static Ints load_ints(const void* p) { return read<int32_t>(p); }
@@ -83,6 +88,10 @@ struct V {
   static int32_t reduce_max(Ints v) { return v; }
   static int32_t reduce_sum(Ints v) { return v; }
   static void store_codes(int8_t* p, Ints v) { *p = int8_t(v); }
+  static void store_codes(int16_t* p, Ints v) {
+    const auto code = int16_t(v);
+    std::memcpy(p, &code, sizeof code);
+  }
 
   static Floats load(const float* p) { return *p; }
   static void store(float* p, Floats v) { *p = v; }

@@ -64,6 +64,11 @@ struct V {
     const __m256i offset = _mm256_and_si256(_mm256_slli_epi16(f, offset_bits), low);
     return {_mm256_sub_epi8(product, _mm256_or_si256(offset, _mm256_slli_epi16(offset, 8)))};
   }
+  static Ints dot16(Ints sum, Ints a, const void* pair) {
+    int32_t b;
+    std::memcpy(&b, pair, 4);
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, _mm256_set1_epi32(b)))};
+  }
   static Ints multiply16(Ints a, Ints b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 
   static Ints load_ints(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
@@ -101,6 +106,10 @@ struct V {
   static void store_codes(int8_t* p, Ints v) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+  static void store_codes(int16_t* p, Ints v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1)));
   }
 
   static Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }

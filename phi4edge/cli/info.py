@@ -36,7 +36,7 @@ def info(
     context: Context = None,
     kv_type: Annotated[
         KvType, typer.Option(help="How past keys and values are stored.", rich_help_panel="The machine")
-    ] = KvType.f16,
+    ] = KvType.i16,
     tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors too.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Read all weights too, and fail if one is not a finite number.")

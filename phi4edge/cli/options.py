@@ -67,7 +67,7 @@ MaxCrops = Annotated[
 class KvType(str, Enum):
     """What keys and values of past tokens are stored as."""
 
-    f16 = "f16"
+    i16 = "i16"
     f32 = "f32"
     q8_0 = "q8_0"
 
@@ -89,10 +89,10 @@ class Runtime:
     kv_type: Annotated[
         KvType,
         typer.Option(
-            help="How past keys and values are stored; f16 takes half the memory of f32, q8_0 half of that.",
+            help="How past keys and values are stored; i16 takes half the memory of f32, q8_0 half of that.",
             rich_help_panel=_MACHINE,
         ),
-    ] = KvType.f16
+    ] = KvType.i16
     isa: Annotated[
         str,
         typer.Option(

@@ -18,7 +18,7 @@ Forward::Forward(Model& model, std::vector<Slice> slices)
       q_dim_(config_.n_heads * config_.head_dim),
       kv_dim_(config_.n_kv_heads * config_.head_dim),
       slices_(std::move(slices)),
-      counters_(n_loops()),
+      counters_(n_loops(), model.pool().size()),
       scales_(model.weights().activation_scales) {
   for (const Slice& slice : slices_) add_rows(slice);
   for (const Group& group : groups_) {

@@ -77,7 +77,7 @@ std::vector<double> time_multiply(const PanelMatrix& matrix, const float* x, int
   for (int thread = 0; thread < pool.size(); ++thread) {
     scratch.push_back(allocate_aligned<uint8_t>(kernels.matmul_scratch_bytes(n_tokens), "scratch"));
   }
-  WorkCounters counters(size_t(n_repeats + 1));
+  WorkCounters counters(size_t(n_repeats + 1), pool.size());
   std::vector<double> seconds;
   seconds.reserve(size_t(n_repeats));
   pool.run([&](int thread) {

@@ -35,7 +35,7 @@ void multiply(const PanelMatrix& matrix, const float* x, int64_t n_tokens, float
               const std::string& isa) {
   const KernelTable& kernels = select_kernels(isa);
   ActivationBuffer activations(n_tokens, matrix.n_columns);
-  WorkCounters counters(2);
+  WorkCounters counters(2, pool.size());
   std::vector<AlignedArray<uint8_t>> scratch;
   for (int thread = 0; thread < pool.size(); ++thread) {
     scratch.push_back(allocate_aligned<uint8_t>(kernels.matmul_scratch_bytes(n_tokens), "scratch"));

@@ -85,7 +85,7 @@ void multiply_panels(Worker& worker, const KernelTable& kernels, const PanelMatr
   const int64_t by_size = std::max<int64_t>(1, int64_t((200 << 10) / matrix.panel_bytes));
   const int64_t by_share = std::max<int64_t>(1, n_panels / (4 * worker.n_threads));
   const int64_t grain = (std::min(by_size, by_share) + 1) / 2 * 2;
-  worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
+  worker.share_stretches(n_panels, grain, [&](int64_t begin, int64_t end) {
     const int64_t row = begin * kPanelRows;
     kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
             std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + row, out_stride, adds, factor,

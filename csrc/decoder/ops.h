@@ -18,16 +18,14 @@
 
 namespace phi4edge {
 
-// Hands out pieces of each loop of a forward pass; one counter a loop, all zeroed before the pass.
+// Hands out pieces of each loop of a forward pass; a counter for each thread in a loop, all zero at first.
 class WorkCounters {
  public:
-  explicit WorkCounters(size_t n_loops) : next_(n_loops) {}
-  void reset() {
-    for (auto& counter : next_) counter.store(0, std::memory_order_relaxed);
-  }
-  std::atomic<int64_t>& at(size_t loop) { return next_.at(loop); }
+  WorkCounters(size_t n_loops, int n_threads) : n_threads_(size_t(n_threads)), next_(n_loops * n_threads_) {}
+  std::atomic<int64_t>& at(size_t loop, int thread) { return next_.at(loop * n_threads_ + size_t(thread)); }
 
  private:
+  size_t n_threads_;
   std::vector<std::atomic<int64_t>> next_;
 };
 
@@ -52,12 +50,30 @@ struct Worker {
   // body(begin, end) for pieces of [0, n), `grain` at a time, whichever thread is free.
   template <class Body>
   void share(int64_t n, int64_t grain, Body&& body) {
-    std::atomic<int64_t>& next = counters.at(loop++);
+    std::atomic<int64_t>& next = counters.at(loop++, 0);
     for (;;) {
       const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= n) return;
       body(begin, begin + grain < n ? begin + grain : n);
     }
+  }
+
+  // The same, but each thread first goes through a stretch of its own, and then helps the others: what a body reads ahead is
+  // what its thread reads next.
+  template <class Body>
+  void share_stretches(int64_t n, int64_t grain, Body&& body) {
+    const int64_t n_pieces = (n + grain - 1) / grain;
+    for (int i = 0; i < n_threads; ++i) {
+      const int owner = (thread + i) % n_threads;
+      const int64_t first = n_pieces * owner / n_threads, end = n_pieces * (owner + 1) / n_threads;
+      std::atomic<int64_t>& next = counters.at(loop, owner);
+      for (;;) {
+        const int64_t piece = first + next.fetch_add(1, std::memory_order_relaxed);
+        if (piece >= end) break;
+        body(piece * grain, piece * grain + grain < n ? piece * grain + grain : n);
+      }
+    }
+    ++loop;
   }
 };
 

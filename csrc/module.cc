@@ -246,8 +246,8 @@ void bind_kernels(py::module_& m) {
         "File blocks to floats, by the definition of the format.");
   m.def("quantize", &quantize, "type_id"_a, "rows"_a, "n_threads"_a = 1, "importance"_a = py::none(),
         "Floats [n_rows, n_columns] to file blocks, uint8[n_rows, row_bytes], with the least importance[column] * error^2.");
-  m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a, "Bytes per second.",
-        py::call_guard<WithoutInterpreter>());
+  m.def("read_bandwidth", &read_bandwidth, "n_threads"_a, "n_bytes"_a, "seconds"_a,
+        "Bytes per second, the median of the passes.", py::call_guard<WithoutInterpreter>());
   m.def("int8_peak", &int8_peak, "isa"_a, "n_threads"_a, "seconds"_a,
         "Operations per second of the int8 dot product that the kernels use; an empty isa is the one that they take.",
         py::call_guard<WithoutInterpreter>());

@@ -5,7 +5,8 @@
 
 namespace phi4edge {
 
-// Bytes per second that n_threads read from n_bytes of memory in all, the best pass within `seconds`.
+// Bytes per second that n_threads read from n_bytes of memory in all, the median of the passes within `seconds`: neighbours on
+// the same memory come and go, and what is compared with it takes its time too.
 // Throws InputError for arguments out of range, OutOfMemoryError.
 double read_bandwidth(int n_threads, size_t n_bytes, double seconds);
 

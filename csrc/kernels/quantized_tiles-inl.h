@@ -148,20 +148,20 @@ void matmul_expanded(const MatmulTask& task) {
     const int n_group = int(n_panels - panel0 < kGroupPanels ? n_panels - panel0 : kGroupPanels);
     const uint8_t* panel = task.panels + size_t(panel0) * task.panel_bytes;
     std::memset(tile_out, 0, size_t(n_tokens) * kOutStride * sizeof(float));
+    // The panels that come next are fetched to the second-level cache, some lines with each tile.
+    const int64_t n_bytes = n_group * int64_t(task.panel_bytes), n_steps = n_super * n_tiles;
+    const int64_t step_bytes = (n_bytes / n_steps + kLineBytes - 1) / kLineBytes * kLineBytes;
+    const uint8_t *ahead = panel + n_bytes, *ahead_end = ahead + n_bytes;
+    const auto prefetch = [&] {
+      for (int64_t i = 0; i < step_bytes && ahead < ahead_end; i += kLineBytes, ahead += kLineBytes) {
+        __builtin_prefetch(ahead, 0, 2);
+      }
+    };
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
       for (int i = 0; i < n_group * kParts; ++i) {
         expand<F>(panel + size_t(i / kParts) * task.panel_bytes, header, sb, m, i % kParts * V::kRows, expanded[i]);
       }
-      // The next super-block's lines are fetched a few at a time, spread over the tiles.
-      const uint8_t* next = panel + header + (sb + 1) * 8 * L::kLineBytes32;
-      const int64_t n_lines = 8 * L::Codes::kLines, per_tile = (n_lines + n_tiles - 1) / n_tiles;
-      int64_t line = 0;
-      const auto prefetch = [&] {
-        for (int64_t i = 0; i < per_tile && line < n_lines; ++i, ++line) {
-          for (int p = 0; p < n_group; ++p) __builtin_prefetch(next + size_t(p) * task.panel_bytes + line * kLineBytes);
-        }
-      };
       for_token_tiles<V::kTileTokens>(n_tokens, [&](auto tile, int64_t first) {
         prefetch();
         const int64_t at = sb * n_tokens + first;

@@ -41,6 +41,12 @@ PHI4EDGE_INLINE void unroll(Body&& body) {
   }
 }
 
+// To the second-level cache: the first takes too few lines at a time to keep the memory busy.  What is there may lie behind the
+// end of the memory.
+PHI4EDGE_INLINE void prefetch(const void* from, int64_t n_bytes) {
+  for (int64_t i = 0; i < n_bytes; i += kLineBytes) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, 0, 2);
+}
+
 constexpr int kGroups = 8;                     // of 4 columns in 32
 constexpr int kParts = kPanelRows / V::kRows;  // registers that cover the rows of a panel
 constexpr int64_t kPrefetchBytes = 16 * 1024;  // ahead of what is in use while decoding

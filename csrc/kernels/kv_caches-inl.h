@@ -38,11 +38,6 @@ size_t attention_scratch_bytes(int n_queries, int value_dim) {
 // With few queries keys and values are read once, as fast as they come.
 PHI4EDGE_INLINE bool reads_once(const AttentionTask& task) { return task.n_queries <= V::kTileQueries; }
 
-// May lie behind the end of the cache.
-PHI4EDGE_INLINE void prefetch(const void* from, int64_t n_bytes) {
-  for (int64_t i = 0; i < n_bytes; i += kLineBytes) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, 0, 2);
-}
-
 // 2^x for x <= 127; relative error below 2e-7; far below it is 2^-126.  The polynomial is one of least relative error.
 PHI4EDGE_INLINE V::Floats exp2(V::Floats x) {
   x = V::max(V::set1(-126.0f), x);  // in this order a NaN stays one

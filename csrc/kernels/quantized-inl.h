@@ -14,7 +14,6 @@ struct Layout {
   static constexpr int kScaleBytes256 = kSuperBlock / F::kValues * F::kScaleBytes;  // scales of a super-block
   // One scale of the activations for a super-block, or for 32 columns.
   static constexpr bool kOneScale = F::kValues == kSuperBlock;
-  static constexpr int kXScales = kOneScale ? 1 : 8;
   static const QuantizedActivations& activations(const Activations& x) {
     return x.quantized[int(kOneScale ? ActivationScale::kFor256 : ActivationScale::kFor32)];
   }

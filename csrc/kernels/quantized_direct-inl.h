@@ -6,12 +6,6 @@
 namespace phi4edge {
 namespace {
 
-// To the second-level cache: the first takes too few lines at a time to keep the memory busy.
-template <int Bytes>
-PHI4EDGE_INLINE void fetch(const uint8_t* from) {
-  for (int i = 0; i < Bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
-}
-
 // Sums over the H'th sixteen columns of a block of 32; `lines` and the rest point at the block.
 template <class F, int H, int T>
 PHI4EDGE_INLINE void multiply_sixteen(const uint8_t* lines, const int8_t* codes, const int32_t* neg_sums,
@@ -28,7 +22,7 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
   typename V::Floats total[T];
   for (int t = 0; t < T; ++t) total[t] = V::set1(0.0f);
   for (int j = 0; j < n_blocks32; ++j, lines += L::kLineBytes32, scales += F::kScaleBytes) {
-    if (ahead) fetch<L::kLineBytes32>(ahead + j * L::kLineBytes32);
+    if (ahead) prefetch(ahead + j * L::kLineBytes32, L::kLineBytes32);
     typename V::Ints low[1][T], high[1][T];
     multiply_sixteen<F, 0, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, low);
     multiply_sixteen<F, 1, T>(lines, x.codes + at * kSuperBlock + j * 32, x.neg_sums + at * 16 + 2 * j, high);
@@ -91,7 +85,7 @@ PHI4EDGE_INLINE void add_quad(const uint8_t* lines, const uint8_t* ahead, int qu
                               const QuantizedActivations& x, int64_t at, Totals<T>& total) {
   constexpr int kColumns = 4 * F::kSub, kBytes = kColumns / 32 * Layout<F>::kLineBytes32;
   lines += quad * kBytes;
-  if (ahead) fetch<kBytes>(ahead + quad * kBytes);
+  if (ahead) prefetch(ahead + quad * kBytes, kBytes);
   const int8_t* codes = x.codes + at * kSuperBlock + quad * kColumns;
   const int32_t* neg_sums = x.neg_sums + at * 16 + quad * (kColumns / 16);
   const int32_t* shifts = x.shifts + at * 16 + quad * (kColumns / 16);
@@ -149,7 +143,7 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
       const uint8_t* ahead = panel + kPrefetchBytes + sb * (int64_t(task.panel_bytes) / n_super);
-      fetch<L::kScaleBytes256>(ahead + 8 * L::kLineBytes32);
+      prefetch(ahead + 8 * L::kLineBytes32, L::kScaleBytes256);
       for (int part = 0; part < kParts; ++part) {
         const int row = part * V::kRows;
         add_blocks<F, T>(panel + sb * L::kScaleBytes256, panel + header + sb * 8 * L::kLineBytes32 + 4 * row,

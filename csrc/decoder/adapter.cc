@@ -24,6 +24,7 @@ const char* const kDamaged = "the adapter is damaged or made by a tool that we d
 // A matrix of the model that an adapter may change, and the pair of tensors that does.
 struct Target {
   size_t product;  // index into Adapter's updates
+  size_t matrix;   // of the product's
   const TensorSpec* spec;
   int64_t first_row;
   const gguf::Tensor *a = nullptr, *b = nullptr;
@@ -71,8 +72,9 @@ std::map<std::string_view, Target> targets_of(const TensorLayout& layout) {
   for (const LayerLayout& layer : layout.layers) {
     for (const Product product : kProducts) {
       int64_t first_row = 0;
+      size_t matrix = 0;
       for (const TensorSpec& spec : layer.product(product)) {
-        targets.emplace(spec.name, Target{index, &spec, first_row});
+        targets.emplace(spec.name, Target{index, matrix++, &spec, first_row});
         first_row += spec.n_rows;
       }
       ++index;
@@ -157,7 +159,7 @@ Adapter::Adapter(std::shared_ptr<Model> model, const gguf::File& file, uint64_t 
     LowRankUpdate& update = updates_[target.product];
     update.a.push_back(panels_for(file, *target.a));
     update.b.push_back(panels_for(file, *target.b));
-    update.parts.push_back({target.first_row, alpha / double(target.a->n_rows())});
+    update.parts.push_back({target.matrix, target.first_row, alpha / double(target.a->n_rows())});
     n_bytes_ += update.a.back().n_bytes() + update.b.back().n_bytes();
     activation_scales_ |= phi4edge::activation_scales({&update.a.back(), 1});
     max_total_rank_ = std::max(max_total_rank_, update.total_rank());

@@ -18,7 +18,8 @@ class Model;
 // What an adapter adds to one product.  Matrices that are stacked in the product may have a pair each.
 struct LowRankUpdate {
   struct Part {
-    int64_t first_row;  // of `b` among the product's stacked rows
+    size_t matrix;      // of the product's, which `b` has the rows of
+    int64_t first_row;  // of that matrix among the product's stacked rows
     double scale;       // alpha / rank
   };
   std::vector<PanelMatrix> a;  // [rank][n_columns]

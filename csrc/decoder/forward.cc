@@ -57,7 +57,7 @@ void Forward::add_tiles(const Slice& slice, int64_t first_row) {
 // More than Worker::share() is called, each matrix being one.
 size_t Forward::n_loops() const {
   constexpr size_t kLoops = 16, kLoopsOutside = 4;            // of a layer; for embeddings and the head
-  constexpr size_t kLoopsAdapter = 14;                        // A and B of q, k, v, output, gate, up, down
+  constexpr size_t kLoopsAdapter = 7;                         // A of q, k, v, output, gate, up, down
   constexpr size_t kLoopsSquares = std::size(kProducts) + 1;  // of a slice, the head's among them
   const size_t n = slices_.size();
   return size_t(config_.n_layers) * (kLoops + n * (kLoopsAdapter + kLoopsSquares)) + kLoopsOutside + n * kLoopsSquares;
@@ -169,17 +169,29 @@ void Forward::project(Worker& worker, int64_t layer, Product product, const floa
     group.low_rank->multiply_a(worker, kernels_, *update,
                                alone(group) ? input : group.low_rank->input().view(group.n_rows, n_columns, rows, n_columns));
   }
-  if (has_update) worker.done(Operation::kAdapterA);
-  matmul(worker, kernels_, matrices, input, out, out_stride);
-  worker.done(operation_of(product));
-  if (!has_update) return;
+  if (!has_update) {
+    matmul(worker, kernels_, matrices, input, out, out_stride);
+    worker.done(operation_of(product));
+    return;
+  }
+  worker.done(Operation::kAdapterA);
   worker.wait();
   for (const Group& group : groups_) {
-    const LowRankUpdate* update = update_of(group);
-    if (!update) continue;
-    group.low_rank->add_b(worker, kernels_, *update, group.n_rows, group.scale, out + group.first_row * out_stride, out_stride);
+    if (const LowRankUpdate* update = update_of(group)) {
+      group.low_rank->quantize_hidden(worker, kernels_, *update, group.n_rows);
+    }
   }
   worker.done(Operation::kAdapterB);
+  matmul(worker, kernels_, matrices, input, out, out_stride, [&](const Piece& piece) {
+    worker.done(operation_of(product));
+    for (const Group& group : groups_) {
+      const LowRankUpdate* update = update_of(group);
+      if (!update) continue;
+      group.low_rank->add_b(worker, kernels_, *update, piece, group.n_rows, group.scale, out + group.first_row * out_stride,
+                            out_stride);
+    }
+    worker.done(Operation::kAdapterB);
+  });
 }
 
 void Forward::add_squares(Worker& worker, int64_t layer, Product product, const float* x, int64_t n_columns) {

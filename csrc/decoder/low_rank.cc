@@ -21,19 +21,30 @@ void LowRank::multiply_a(Worker& worker, const KernelTable& kernels, const LowRa
   matmul(worker, kernels, update.a, x, hidden_.get(), update.total_rank());
 }
 
-void LowRank::add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale,
-                    float* out, int64_t out_stride) {
+void LowRank::quantize_hidden(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens) {
   const int64_t total_rank = update.total_rank();
   const float* hidden = hidden_.get();
   for (size_t part = 0; part < update.parts.size(); ++part) {
     const int64_t rank = update.a[part].n_rows;
-    ActivationBuffer& quantized = quantized_[size_t(worker.thread)][part];
     const ActivationScales scales = activation_scales({&update.b[part], 1});
     for (int64_t t = 0; t < n_tokens && scales; ++t) {
-      quantized.quantize(hidden + t * total_rank, t, n_tokens, rank, scales, kernels);
+      quantized_[size_t(worker.thread)][part].quantize(hidden + t * total_rank, t, n_tokens, rank, scales, kernels);
     }
-    add_product(worker, kernels, update.b[part], quantized.view(n_tokens, rank, hidden, total_rank),
-                float(scale * update.parts[part].scale), out + update.parts[part].first_row, out_stride);
+    hidden += rank;
+  }
+}
+
+void LowRank::add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Piece& piece,
+                    int64_t n_tokens, double scale, float* out, int64_t out_stride) {
+  const float* hidden = hidden_.get();
+  for (size_t part = 0; part < update.parts.size(); ++part) {
+    const LowRankUpdate::Part& target = update.parts[part];
+    const int64_t rank = update.a[part].n_rows;
+    if (target.matrix == piece.matrix) {
+      const Activations x = quantized_[size_t(worker.thread)][part].view(n_tokens, rank, hidden, update.total_rank());
+      add_product(worker, kernels, update.b[part], piece.begin, piece.end, x, float(scale * target.scale),
+                  out + target.first_row, out_stride);
+    }
     hidden += rank;
   }
 }

@@ -1,6 +1,6 @@
 // The products of a LowRankUpdate, in two steps of a forward pass with a barrier between:
 //   multiply_a   hidden = A x                x is quantised already, for the model's own product
-//   add_b        out += scale * B hidden     after that product
+//   add_b        out += scale * B hidden     piece by piece behind that product
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,11 @@ class LowRank {
   ActivationBuffer& input() { return input_; }
 
   void multiply_a(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Activations& x);
-  void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens, double scale,
-             float* out, int64_t out_stride);
+  // Before add_b().
+  void quantize_hidden(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, int64_t n_tokens);
+  // out: row 0 of the product
+  void add_b(Worker& worker, const KernelTable& kernels, const LowRankUpdate& update, const Piece& piece, int64_t n_tokens,
+             double scale, float* out, int64_t out_stride);
 
  private:
   int64_t max_total_rank_ = 0;

@@ -73,39 +73,47 @@ Activations ActivationBuffer::view(int64_t n_tokens, int64_t n_columns, const fl
 
 namespace {
 
-// Rows of one matrix for all tokens, a share of them for each thread.
-void multiply_panels(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float* out,
-                     int64_t out_stride, bool adds, float factor) {
-  if (x.n_columns != matrix.n_columns) {
-    throw InputError("matmul: expected " + std::to_string(matrix.n_columns) + " inputs, got " + std::to_string(x.n_columns));
-  }
+void require_inputs(const PanelMatrix& matrix, const Activations& x) {
+  if (x.n_columns == matrix.n_columns) return;
+  throw InputError("matmul: expected " + std::to_string(matrix.n_columns) + " inputs, got " + std::to_string(x.n_columns));
+}
+
+// out: row 0 of the matrix
+void multiply_panels(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, int64_t begin, int64_t end,
+                     const Activations& x, float* out, int64_t out_stride, bool adds, float factor) {
+  const int64_t row = begin * kPanelRows;
   const auto kernel = kernels.matmul[format_index(*matrix.format)];
-  const int64_t n_panels = matrix.n_panels();
-  // Pieces of about 200 KB, but enough of them that the threads finish together; an even number of panels.
+  kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
+          std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + row, out_stride, adds, factor,
+          worker.scratch});
+}
+
+// Pieces of about 200 KB, but enough of them that the threads finish together; an even number of panels.
+int64_t piece_panels(const PanelMatrix& matrix, int n_threads) {
   const int64_t by_size = std::max<int64_t>(1, int64_t((200 << 10) / matrix.panel_bytes));
-  const int64_t by_share = std::max<int64_t>(1, n_panels / (4 * worker.n_threads));
-  const int64_t grain = (std::min(by_size, by_share) + 1) / 2 * 2;
-  worker.share_stretches(n_panels, grain, [&](int64_t begin, int64_t end) {
-    const int64_t row = begin * kPanelRows;
-    kernel({matrix.data.get() + size_t(begin) * matrix.panel_bytes, matrix.panel_bytes,
-            std::min(end * kPanelRows, matrix.n_rows) - row, matrix.n_columns, &x, out + row, out_stride, adds, factor,
-            worker.scratch});
-  });
+  const int64_t by_share = std::max<int64_t>(1, matrix.n_panels() / (4 * n_threads));
+  return (std::min(by_size, by_share) + 1) / 2 * 2;
 }
 
 }  // namespace
 
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
-            int64_t out_stride) {
-  for (const PanelMatrix& matrix : matrices) {
-    multiply_panels(worker, kernels, matrix, x, out, out_stride, false, 0.0f);
+            int64_t out_stride, const PieceDone& piece_done) {
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const PanelMatrix& matrix = matrices[i];
+    require_inputs(matrix, x);
+    worker.share_stretches(matrix.n_panels(), piece_panels(matrix, worker.n_threads), [&](int64_t begin, int64_t end) {
+      multiply_panels(worker, kernels, matrix, begin, end, x, out, out_stride, false, 0.0f);
+      if (piece_done) piece_done({i, begin, end});
+    });
     out += matrix.n_rows;
   }
 }
 
-void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
-                 float* out, int64_t out_stride) {
-  multiply_panels(worker, kernels, matrix, x, out, out_stride, true, factor);
+void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, int64_t begin, int64_t end,
+                 const Activations& x, float factor, float* out, int64_t out_stride) {
+  require_inputs(matrix, x);
+  multiply_panels(worker, kernels, matrix, begin, end, x, out, out_stride, true, factor);
 }
 
 void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine) {

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -103,12 +104,19 @@ class ActivationBuffer {
   Arrays arrays_[kActivationScaleCount];
 };
 
+// Panels of one of the matrices of a product.
+struct Piece {
+  size_t matrix;
+  int64_t begin, end;
+};
+using PieceDone = std::function<void(const Piece&)>;  // called by the thread that did it, which has the piece in its cache
+
 // out[token][row], the rows of the matrices stacked.  out_stride >= the sum of their rows.
 void matmul(Worker& worker, const KernelTable& kernels, std::span<const PanelMatrix> matrices, const Activations& x, float* out,
-            int64_t out_stride);
-// out[token][row] += factor * product
-void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, const Activations& x, float factor,
-                 float* out, int64_t out_stride);
+            int64_t out_stride, const PieceDone& piece_done = {});
+// out[token][row] += factor * product, of these panels, by this thread alone
+void add_product(Worker& worker, const KernelTable& kernels, const PanelMatrix& matrix, int64_t begin, int64_t end,
+                 const Activations& x, float factor, float* out, int64_t out_stride);
 
 // Cosines and sines of one position, [n_dims / 2] each, with the attention factor applied.
 void rope_angles(const RopeConfig& rope, bool use_long_factors, int64_t position, float* cosine, float* sine);

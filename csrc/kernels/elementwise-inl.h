@@ -111,58 +111,99 @@ void to_q8(const float* x, int64_t n_values, int8_t* codes, uint16_t* scales) {
   }
 }
 
-// N values, 32 or 256, to codes with one scale.  What is not finite makes the scale NaN, and so reaches the logits, where it is
-// noticed.
-template <int N>
-PHI4EDGE_INLINE void quantize_block(const float* in, int8_t* codes, float& scale, int32_t* shifts, int32_t* neg_sums) {
-  constexpr int32_t kInfinity = 0x7f800000, kTiny = 0x0da24260;  // kTiny: 1e-30, its reciprocal is finite
-  int32_t bits16[N / 16], bits = 0;
-  for (int i = 0; i < N / 16; ++i) {
-    bits16[i] = largest16(in + 16 * i);
-    bits = bits > bits16[i] ? bits : bits16[i];
-  }
-  if (bits < kTiny || bits >= kInfinity) {
-    scale = bits < kTiny ? 0.0f : __builtin_nanf("");
-    std::memset(codes, 0, N);
-    for (int i = 0; i < N / 16; ++i) shifts[i] = neg_sums[i] = 0;
-    return;
-  }
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  const float inverse = 127.0f / largest;
-  for (int i = 0; i < N / 16; ++i) {
-    const int ratio = (bits - bits16[i]) >> 23;  // floor(log2(largest / largest of the sixteen))
-    const int e = ratio < kMaxShift ? ratio : kMaxShift;
-    const auto factor = V::set1(inverse * float(1 << e));
-    auto sum = V::set1(0);
-    for (int at = 16 * i; at < 16 * i + 16; at += V::kRows) {
-      const auto q = V::round(V::mul(V::load(in + at), factor));
-      V::store_codes(codes + at, q);
-      sum = V::add(sum, q);
+PHI4EDGE_INLINE V::Floats power_of_two(V::Ints n) { return V::as_floats(V::shift_left(V::add(n, V::set1(127)), 23)); }
+
+// out[i] of the i'th sixteen of 256 values: what is mapped from each is joined.
+template <class Map, class Join, class JoinEach>
+PHI4EDGE_INLINE void join_sixteens(const Map& map, const Join& join, const JoinEach& join_each, int32_t* out) {
+  for (int first = 0; first < 16; first += V::kRows) {
+    typename V::Ints joined[V::kRows];
+    for (int i = 0; i < V::kRows; ++i) {
+      const int at = 16 * (first + i);
+      joined[i] = map(at);
+      for (int more = V::kRows; more < 16; more += V::kRows) joined[i] = join(joined[i], map(at + more));
     }
-    shifts[i] = kMaxShift - e;
-    neg_sums[i] = -V::reduce_sum(sum);
+    V::store_ints(out + first, join_each(joined));
   }
-  scale = largest * (1.0f / (127.0f * float(1 << kMaxShift)));
 }
 
-// The digits of n sums, -2^22 < sum < 2^22.
-PHI4EDGE_INLINE void store_digits(const int32_t* sums, int n, int8_t* digits) {
-  for (int i = 0; i < n; ++i) {
-    const int32_t low = int8_t(sums[i]), rest = (sums[i] - low) >> 8, middle = int8_t(rest);
-    digits[i] = int8_t((rest - middle) >> 8);
-    digits[n + i] = int8_t(middle);
-    digits[2 * n + i] = int8_t(low);
+// Bits of the largest magnitude of each sixteen; Pairs: of the two sixteens of its 32.
+template <bool Pairs>
+PHI4EDGE_INLINE void largest_of_sixteens(const float* in, int32_t* out) {
+  const auto bits = [&](int at) { return V::magnitude_bits(V::load(in + at)); };
+  const auto map = [&](int at) { return Pairs ? V::max(bits(at), bits(at ^ 16)) : bits(at); };
+  join_sixteens(map, [](auto a, auto b) { return V::max(a, b); }, [](const auto& each) { return V::max_of_each(each); }, out);
+}
+
+// 256 values to codes, with a scale for N of them, 32 or all; scales16 has it for each sixteen.  What is not finite makes the
+// scale NaN, and so reaches the logits, where it is noticed.
+template <int N>
+PHI4EDGE_INLINE void quantize_super_block(const float* in, int8_t* codes, float* scales16, int32_t* shifts, int32_t* neg_sums) {
+  alignas(64) int32_t bits[16], largest_bits[16], sums[16];
+  alignas(64) float factors[16];
+  largest_of_sixteens<false>(in, bits);
+  if constexpr (N == 32) {
+    largest_of_sixteens<true>(in, largest_bits);
+  } else {
+    auto all = V::load_ints(bits);
+    for (int i = V::kRows; i < 16; i += V::kRows) all = V::max(all, V::load_ints(bits + i));
+    const int32_t largest = V::reduce_max(all);
+    for (int i = 0; i < 16; i += V::kRows) V::store_ints(largest_bits + i, V::set1(largest));
   }
+  for (int i = 0; i < 16; i += V::kRows) {
+    const auto of_block = V::load_ints(largest_bits + i);
+    const auto largest = V::as_floats(of_block);
+    const auto not_finite = V::sub(largest, largest);  // zero or NaN
+    V::store(scales16 + i, V::fma(largest, V::set1(1.0f / (127.0f * float(1 << kMaxShift))), not_finite));
+    constexpr int32_t kTiny = 0x0da24260;  // 1e-30, whose reciprocal is finite; values far below it become zero
+    const auto at_least_tiny = V::max(of_block, V::set1(kTiny));
+    // floor(log2(largest / largest of the sixteen)), as far as shifts go
+    const auto ratio = V::field(V::sub(at_least_tiny, V::load_ints(bits + i)), 23, 0xff);
+    const auto shift = V::max(V::sub(V::set1(kMaxShift), ratio), V::set1(0));
+    const auto inverse = V::div(V::set1(127.0f), V::as_floats(at_least_tiny));
+    V::store_ints(shifts + i, shift);
+    V::store(factors + i, V::mul(inverse, power_of_two(V::sub(V::set1(kMaxShift), shift))));
+  }
+  join_sixteens(
+      [&](int at) {
+        const auto code = V::round(V::mul(V::load(in + at), V::set1(factors[at / 16])));
+        V::store_codes(codes + at, code);
+        return code;
+      },
+      [](auto a, auto b) { return V::add(a, b); }, [](const auto& each) { return V::sum_of_each(each); }, sums);
+  for (int i = 0; i < 16; i += V::kRows) V::store_ints(neg_sums + i, V::sub(V::set1(0), V::load_ints(sums + i)));
+}
+
+// The digits of sums, -2^22 < sum < 2^22, of 16 and of 32 columns.  With 128 added to each of them, they are bytes.
+PHI4EDGE_INLINE void store_digits(const int32_t* sums16, int8_t* digits) {
+  constexpr int32_t kBias = 0x808080;
+  for (int i = 0; i < 16; i += V::kRows) {
+    const auto biased = V::add(V::load_ints(sums16 + i), V::set1(kBias));
+    V::store_codes(digits + i, V::sub(V::template byte<2>(biased), V::set1(0x80)));
+    V::store_codes(digits + 16 + i, V::sub(V::template byte<1>(biased), V::set1(0x80)));
+    V::store_codes(digits + 32 + i, V::sub(V::template byte<0>(biased), V::set1(0x80)));
+  }
+  digits += QuantizedActivations::kDigits16;
+  uint64_t high = 0, middle = 0, low = 0;  // of eight sums each
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t biased = uint32_t(sums16[2 * i]) + uint32_t(sums16[2 * i + 1]) + uint32_t(kBias);
+    high |= uint64_t(biased >> 16 & 0xff) << (8 * i);
+    middle |= uint64_t(biased >> 8 & 0xff) << (8 * i);
+    low |= uint64_t(biased & 0xff) << (8 * i);
+  }
+  const auto store = [&](int digit, uint64_t eight) {
+    eight ^= 0x8080808080808080u;
+    std::memcpy(digits + 8 * digit, &eight, 8);
+  };
+  store(0, high), store(1, middle), store(2, low);
 }
 
 template <int N>
 void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const QuantizedActivations& out) {
-  constexpr int kBlocks = kSuperBlock / N;  // each with a scale
   const int64_t n_super = (n_columns + kSuperBlock - 1) / kSuperBlock;
   for (int64_t sb = 0; sb < n_super; ++sb) {
     const int64_t at = sb * n_tokens, n_left = n_columns - sb * kSuperBlock;
-    alignas(64) float padded[kSuperBlock];
+    alignas(64) float padded[kSuperBlock], scales16[16];
     const float* in = x + sb * kSuperBlock;
     if (n_left < kSuperBlock) {  // zeros beyond the last column
       std::memcpy(padded, in, size_t(n_left) * sizeof(float));
@@ -170,18 +211,22 @@ void quantize(const float* x, int64_t n_columns, int64_t n_tokens, const Quantiz
       in = padded;
     }
     int32_t *shifts = out.shifts + at * 16, *neg_sums = out.neg_sums + at * 16;
-    for (int i = 0; i < kBlocks; ++i) {
-      quantize_block<N>(in + N * i, out.codes + at * kSuperBlock + N * i, out.scales[at * kBlocks + i], shifts + N / 16 * i,
-                        neg_sums + N / 16 * i);
+    quantize_super_block<N>(in, out.codes + at * kSuperBlock, scales16, shifts, neg_sums);
+    alignas(64) float values[16];
+    alignas(64) int32_t sums16[16];
+    for (int i = 0; i < 16; i += V::kRows) {  // floats hold them
+      const auto sum = V::mul(V::to_float(V::load_ints(neg_sums + i)), power_of_two(V::load_ints(shifts + i)));
+      V::store_ints(sums16 + i, V::round(sum));
+      V::store(values + i, sum);
     }
-    int32_t sums16[16], sums32[8];
-    for (int i = 0; i < 16; ++i) sums16[i] = neg_sums[i] * (1 << shifts[i]);
-    for (int i = 0; i < 8; ++i) sums32[i] = sums16[2 * i] + sums16[2 * i + 1];
     if constexpr (N == kSuperBlock) {
-      store_digits(sums16, 16, out.sum_digits + at * out.kDigits);
-      store_digits(sums32, 8, out.sum_digits + at * out.kDigits + out.kDigits16);
+      out.scales[at] = scales16[0];
+      store_digits(sums16, out.sum_digits + at * out.kDigits);
     } else {
-      for (int i = 0; i < 8; ++i) out.neg_sums32[at * 8 + i] = float(sums32[i]) * out.scales[at * 8 + i];
+      for (int i = 0; i < 8; ++i) {
+        out.scales[at * 8 + i] = scales16[2 * i];
+        out.neg_sums32[at * 8 + i] = (values[2 * i] + values[2 * i + 1]) * scales16[2 * i];
+      }
     }
   }
 }

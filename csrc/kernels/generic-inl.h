@@ -14,6 +14,7 @@
 //   kMakesPairs: dot() makes sums of two products in 16 bits; then also multiply_pairs, add_pairs, and sum_pairs, to 32 bits
 //   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
 //   top  as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum
+//   max_of_each  sum_of_each (lane i has that of all lanes of the i'th of kRows registers)
 //   store_codes (as int8 or int16)  load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the second one if
 //   either is NaN)  div  to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
 #pragma once

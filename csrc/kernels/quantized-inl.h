@@ -182,7 +182,11 @@ PHI4EDGE_INLINE V::Floats add_block(V::Floats total, V::Ints sum, V::Floats scal
 
 PHI4EDGE_INLINE void store_rows(float* out, const float* from, int64_t n_rows, const MatmulTask& task) {
   if (n_rows > kPanelRows) n_rows = kPanelRows;
-  if (task.adds) {
+  if (task.adds && n_rows == kPanelRows) {
+    for (int row = 0; row < kPanelRows; row += V::kRows) {
+      V::store(out + row, V::fma(V::set1(task.factor), V::load(from + row), V::load(out + row)));
+    }
+  } else if (task.adds) {
     for (int64_t row = 0; row < n_rows; ++row) out[row] += task.factor * from[row];
   } else if (n_rows == kPanelRows) {
     std::memcpy(out, from, kPanelRows * sizeof(float));

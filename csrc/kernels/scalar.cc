@@ -87,6 +87,8 @@ struct V {
   static Ints max(Ints a, Ints b) { return a > b ? a : b; }
   static int32_t reduce_max(Ints v) { return v; }
   static int32_t reduce_sum(Ints v) { return v; }
+  static Ints max_of_each(const Ints (&v)[1]) { return v[0]; }
+  static Ints sum_of_each(const Ints (&v)[1]) { return v[0]; }
   static void store_codes(int8_t* p, Ints v) { *p = int8_t(v); }
   static void store_codes(int16_t* p, Ints v) {
     const auto code = int16_t(v);

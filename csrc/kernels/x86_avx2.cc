@@ -103,6 +103,25 @@ struct V {
     const __m128i b = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
   }
+  // Lanes of two registers are joined at a time.
+  template <class Join>
+  static Ints join_each(const Ints (&v)[8], const Join& join) {
+    __m256i quads[4], pairs[2];
+    for (int i = 0; i < 4; ++i) {
+      quads[i] = join(_mm256_permute2x128_si256(v[i].v, v[i + 4].v, 0x20), _mm256_permute2x128_si256(v[i].v, v[i + 4].v, 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {
+      pairs[i] =
+          join(_mm256_unpacklo_epi32(quads[2 * i], quads[2 * i + 1]), _mm256_unpackhi_epi32(quads[2 * i], quads[2 * i + 1]));
+    }
+    return {join(_mm256_unpacklo_epi64(pairs[0], pairs[1]), _mm256_unpackhi_epi64(pairs[0], pairs[1]))};
+  }
+  static Ints max_of_each(const Ints (&v)[8]) {
+    return join_each(v, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+  }
+  static Ints sum_of_each(const Ints (&v)[8]) {
+    return join_each(v, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
+  }
   static void store_codes(int8_t* p, Ints v) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v.v), _mm256_extracti128_si256(v.v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));

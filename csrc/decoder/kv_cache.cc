@@ -29,22 +29,48 @@ size_t head_bytes_for(const ModelConfig& config, int64_t n_positions, KvType typ
   return size_t(round_up(n_positions, kPanelRows)) * row_bytes(config, type);
 }
 
-// Each goes to its column of a panel.
+// Codes of a block of dims of a key and a value, in lines of pairs behind kScaleBytes.
+template <int64_t kScaleBytes, class Code>
+void store_pairs(const Code* key, const Code* value, int64_t n_dims, int64_t row, uint8_t* keys, uint8_t* values) {
+  auto* pairs_of_dims = reinterpret_cast<Code*>(keys + kScaleBytes) + row * 2;
+  for (int64_t d = 0; d < n_dims; d += 2) std::memcpy(pairs_of_dims + d * kPanelRows, key + d, 2 * sizeof(Code));
+  auto* pairs_of_keys = reinterpret_cast<Code*>(values + kScaleBytes) + row / 2 * 2 * kPanelRows + row % 2;
+  for (int64_t d = 0; d < n_dims; ++d) {
+    pairs_of_keys[d / kPanelRows * kPanelRows * kPanelRows + d % kPanelRows * 2] = value[d];
+  }
+}
+
 void store_integers(const float* key, const float* value, int64_t head_dim, int64_t value_dim, int64_t row, uint8_t* keys,
                     uint8_t* values, const KernelTable& kernels) {
-  int16_t codes[kLargestHead];
-  float key_scale = kernels.to_i16(key, head_dim, kI16Keys, codes);
-  auto* pairs_of_dims = reinterpret_cast<int16_t*>(keys + I16Panel::kScaleBytes) + row * 2;
-  for (int64_t d = 0; d < value_dim; d += 2) std::memcpy(pairs_of_dims + d * kPanelRows, codes + d, 2 * sizeof(int16_t));
-
-  float value_scale = kernels.to_i16(value, head_dim, kI16Values, codes);
+  int16_t codes[2][kLargestHead];
+  float key_scale = kernels.to_i16(key, head_dim, kI16Keys, codes[0]);
+  float value_scale = kernels.to_i16(value, head_dim, kI16Values, codes[1]);
   if (std::isnan(value_scale)) key_scale = value_scale, value_scale = 0;
-  auto* pairs_of_keys = reinterpret_cast<int16_t*>(values + I16Panel::kScaleBytes) + row / 2 * 2 * kPanelRows + row % 2;
-  for (int64_t d = 0; d < value_dim; ++d) {
-    pairs_of_keys[d / kPanelRows * kPanelRows * kPanelRows + d % kPanelRows * 2] = codes[d];
-  }
+  store_pairs<I16Panel::kScaleBytes>(codes[0], codes[1], value_dim, row, keys, values);
   reinterpret_cast<float*>(keys)[row] = key_scale;
   reinterpret_cast<float*>(values)[row] = value_scale;
+}
+
+// key and value: spread
+void store_blocks(const float* key, const float* value, int64_t head_dim, int64_t row, KvBlock* keys, KvBlock* values,
+                  const KernelTable& kernels) {
+  constexpr int64_t kDims = KvBlock::kDims;
+  constexpr uint16_t kInfinity = 0x7c00;
+  int8_t codes[2][kLargestHead];
+  uint16_t scales[2][kLargestHead / kDims];
+  kernels.to_q8(key, head_dim, codes[0], scales[0]);
+  kernels.to_q8(value, head_dim, codes[1], scales[1]);
+  for (int64_t i = 0; i * kDims < head_dim; ++i) {
+    store_pairs<sizeof keys->scales>(codes[0] + i * kDims, codes[1] + i * kDims, kDims, row,
+                                     reinterpret_cast<uint8_t*>(keys + i), reinterpret_cast<uint8_t*>(values + i));
+    keys[i].scales[row] = scales[0][i];
+    values[i].scales[row] = scales[1][i];
+  }
+  for (int64_t i = 0; i * kDims < head_dim; ++i) {
+    if (scales[1][i] < kInfinity) continue;
+    keys[0].scales[row] = scales[1][i];
+    values[i].scales[row] = 0;
+  }
 }
 
 // The key goes to its column of a panel, the value to its row, with zeros behind it.
@@ -55,23 +81,6 @@ void store_floats(const float* key, const float* value, int64_t head_dim, int64_
   values += position * value_dim;
   std::memcpy(values, value, size_t(head_dim) * sizeof(float));
   std::memset(values + head_dim, 0, size_t(value_dim - head_dim) * sizeof(float));
-}
-
-struct Codes {
-  int8_t codes[kLargestHead];
-  uint16_t scales[kLargestHead / KvBlock::kDims];
-};
-
-void store_blocks(const Codes& key, const Codes& value, int64_t n_blocks, int64_t position, KvBlock* keys, KvBlock* values) {
-  constexpr int64_t kDims = KvBlock::kDims;
-  const int64_t row = position % kPanelRows, first_block = position / kPanelRows * n_blocks;
-  for (int64_t i = 0; i < n_blocks; ++i) {
-    KvBlock &k = keys[first_block + i], &v = values[first_block + i];
-    k.scales[row] = key.scales[i];
-    v.scales[row] = value.scales[i];
-    for (int64_t d = 0; d < kDims; ++d) k.codes[d * kPanelRows + row] = key.codes[i * kDims + d];
-    std::memcpy(v.codes + row * kDims, value.codes + i * kDims, kDims);
-  }
 }
 
 }  // namespace
@@ -126,16 +135,14 @@ void KvCache::store(int64_t layer, int64_t kv_head, int64_t position, const floa
                    reinterpret_cast<float*>(values));
       break;
     case KvType::kQ8_0: {
-      Codes codes[2];
-      const float* heads[2] = {key, value};
-      for (int i = 0; i < 2; ++i) {
-        float even[kLargestHead];
-        std::memcpy(even, heads[i], size_t(head_dim_) * sizeof(float));
-        spread(even);
-        kernels.to_q8(even, head_dim_, codes[i].codes, codes[i].scales);
-      }
-      store_blocks(codes[0], codes[1], value_dim_ / KvBlock::kDims, position, reinterpret_cast<KvBlock*>(keys),
-                   reinterpret_cast<KvBlock*>(values));
+      float even[2][kLargestHead];
+      std::memcpy(even[0], key, size_t(head_dim_) * sizeof(float));
+      std::memcpy(even[1], value, size_t(head_dim_) * sizeof(float));
+      spread(even[0]);
+      spread(even[1]);
+      const size_t panel = size_t(position / kPanelRows) * panel_bytes_;
+      store_blocks(even[0], even[1], head_dim_, position % kPanelRows, reinterpret_cast<KvBlock*>(keys + panel),
+                   reinterpret_cast<KvBlock*>(values + panel), kernels);
       break;
     }
   }

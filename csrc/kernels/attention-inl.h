@@ -20,23 +20,17 @@ PHI4EDGE_INLINE void for_attention_tiles(int n_queries, int n_parts, Body&& body
   });
 }
 
-// Scores of one key block: rows[query][key] = q . k
+// Scores of one key block: rows[query][key] = q . k, to the base 2
 template <class Cache>
 PHI4EDGE_INLINE void key_scores(const AttentionTask& task, const AttentionWork& work, int64_t first_key, int n_keys) {
   const int64_t first_part = first_key / V::kRows;
   for_attention_tiles(task.n_queries, (n_keys + V::kRows - 1) / V::kRows, [&](auto n, auto tile, int part, int64_t query) {
     constexpr int N = n.value, T = tile.value;
-    typename Cache::Sum acc[N][T];
-    for (int r = 0; r < N; ++r) {
-      for (int t = 0; t < T; ++t) acc[r][t] = Cache::zero();
-    }
-    Cache::template add_scores<N, T>(task, work, first_part + part, query, acc);
-    unroll<T>([&](auto t) {  // or GCC keeps the sums in memory all the time
+    typename V::Floats score[N][T];
+    Cache::template scores<N, T>(task, work, first_part + part, query, score);
+    unroll<T>([&](auto t) {  // or GCC keeps them in memory all the time
       float* to = work.rows + (query + t.value) * kKeyBlock + part * V::kRows;
-      unroll<N>([&](auto r) {
-        V::store(to + r.value * V::kRows,
-                 Cache::score(task, work, first_part + part + r.value, query + t.value, acc[r.value][t.value]));
-      });
+      unroll<N>([&](auto r) { V::store(to + r.value * V::kRows, score[r.value][t.value]); });
     });
   });
 }
@@ -46,16 +40,13 @@ template <class Cache>
 PHI4EDGE_INLINE void add_values(const AttentionTask& task, const AttentionWork& work, int64_t first_key, int n_keys) {
   for_attention_tiles(task.n_queries, task.value_dim / V::kRows, [&](auto n, auto tile, int part, int64_t query) {
     constexpr int N = n.value, T = tile.value;
-    typename Cache::Sum acc[N][T];
-    for (int r = 0; r < N; ++r) {
-      for (int t = 0; t < T; ++t) acc[r][t] = Cache::zero();
-    }
-    Cache::template add_values<N, T>(task, work, first_key, n_keys, part, query, acc);
+    typename V::Floats sum[N][T];
+    Cache::template values<N, T>(task, work, first_key, n_keys, part, query, sum);
     unroll<T>([&](auto t) {
       float* to = work.out + (query + t.value) * task.value_dim + part * V::kRows;
       unroll<N>([&](auto r) {
         float* at = to + r.value * V::kRows;
-        V::store(at, Cache::value(work, query + t.value, acc[r.value][t.value], V::load(at)));
+        V::store(at, V::add(V::load(at), sum[r.value][t.value]));
       });
     });
   });
@@ -81,13 +72,26 @@ PHI4EDGE_INLINE void raise_maximum(const AttentionTask& task, const AttentionWor
   maximum = new_maximum;
 }
 
+// Scores to weights; returns their sum.
+PHI4EDGE_INLINE float set_weights(const AttentionWork& work, int n_keys, int query) {
+  float* row = work.rows + query * kKeyBlock;
+  const Weights weights(work.maximum[query]);
+  auto total = V::set1(0.0f);
+  for (int k = 0; k < n_keys; k += V::kRows) {
+    const auto weight = weights.of(V::load(row + k));
+    V::store(row + k, weight);
+    total = V::add(total, weight);
+  }
+  return V::reduce_sum(total);
+}
+
 // Scores become weights.  Step by step for all queries, which have nothing to wait for then but for themselves.
 template <class Cache>
 PHI4EDGE_INLINE void weigh_keys(const AttentionTask& task, const AttentionWork& work, int64_t key0, int n_keys) {
   const int n_in_panels = (n_keys + kPanelRows - 1) / kPanelRows * kPanelRows;
   for (int i = 0; i < task.n_queries; ++i) raise_maximum(task, work, key0, n_in_panels, i);
-  for (int i = 0; i < task.n_queries; ++i) work.sum[i] += Cache::set_weights(task, work, key0, n_in_panels, i);
-  for (int i = 0; i < task.n_queries; ++i) Cache::finish_weights(work, n_in_panels, i);
+  for (int i = 0; i < task.n_queries; ++i) work.sum[i] += set_weights(work, n_in_panels, i);
+  for (int i = 0; i < task.n_queries; ++i) Cache::finish_weights(task, work, key0, n_in_panels, i);
 }
 
 // Softmax with a running maximum (Milakov and Gimelshein, 2018), so that no full row of scores is ever held.

@@ -12,11 +12,11 @@
 //   dot(acc, unsigned codes, signed codes)  dot_signed, of codes that went through bias(), which adds 2^kSignedBiasBits
 //   (-1: nothing) where the instruction wants unsigned ones; both also with a pointer to four codes, as splat4
 //   kMakesPairs: dot() makes sums of two products in 16 bits; then also multiply_pairs, add_pairs, and sum_pairs, to 32 bits
-//   load_ints  store_ints  load_u16  load_i8  set1  field(ints, shift, mask)  byte<I>(ints)  top_byte<I>(ints), moved to the
-//   top  as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add  sub  or_  max  reduce_max  reduce_sum
-//   max_of_each  sum_of_each (lane i has that of all lanes of the i'th of kRows registers)
-//   store_codes (as int8 or int16)  load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the second one if
-//   either is NaN)  div  to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
+//   load_ints  store_ints  load_u16  load_pairs_i8 (two bytes of each lane, to 16 bits)  set1  field(ints, shift, mask)
+//   byte<I>(ints)  top_byte<I>(ints), moved to the top  as_bytes  shift_left  shift_left_by(ints, pointer to the count)  add
+//   sub  or_  max  reduce_max  reduce_sum max_of_each  sum_of_each (lane i has that of all lanes of the i'th of kRows
+//   registers) store_codes (as int8 or int16)  load  store  load_half  store_half  set1(float)  mul  add  sub  fma  max (the
+//   second one if either is NaN)  div  to_float  round  as_floats  as_ints  magnitude_bits  reduce_max  reduce_sum
 #pragma once
 
 #include <cstring>
@@ -88,9 +88,9 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   table.quantize_row = quantize_row;
   table.quantize[int(ActivationScale::kFor32)] = quantize<32>;
   table.quantize[int(ActivationScale::kFor256)] = quantize<kSuperBlock>;
-  table.attention[int(KvType::kI16)] = attention<I16Cache>;
+  table.attention[int(KvType::kI16)] = attention<IntegerCache<I16Codes>>;
   table.attention[int(KvType::kF32)] = attention<FloatCache>;
-  table.attention[int(KvType::kQ8_0)] = attention<BlockCache>;
+  table.attention[int(KvType::kQ8_0)] = attention<IntegerCache<Q8Codes>>;
   table.silu_multiply = silu_multiply;
   table.rms_norm = rms_norm;
   table.to_i16 = to_i16;

@@ -84,11 +84,12 @@ struct I16Panel {
   static constexpr int64_t kScaleBytes = kPanelRows * sizeof(float), kDimBytes = kPanelRows * sizeof(int16_t);
 };
 
-// Q8_0 of 32 dims of 16 keys, or of 16 values: a half scale and 32 codes for each, as in GGUF's blocks.
+// Q8_0 of 32 dims of 16 keys, or of 16 values: a half scale and 32 codes for each, as in GGUF's blocks.  Codes lie as those of
+// an I16Panel with 32 dims, and what is not finite goes the same way.
 struct KvBlock {
   static constexpr int kDims = 32;
   uint16_t scales[kPanelRows];
-  int8_t codes[kPanelRows * kDims];  // keys: [dim][key], values: [key][dim]
+  int8_t codes[kPanelRows * kDims];
 };
 static_assert(sizeof(KvBlock) == kPanelRows * 34);
 

@@ -58,17 +58,20 @@ struct V {
     for (int b = 0; b < 32; b += 8) out |= (((bytes >> b & 0xff) * f - offset) & 0xff) << b;
     return out;
   }
-  static Ints dot16(Ints sum, Ints a, const void* pair) {  // modulo 2^32, as vectors do: what goes beyond is never used
-    const auto b = read<int32_t>(pair);
-    const int32_t low = int16_t(a) * int16_t(b), high = (a >> 16) * (b >> 16);
+  static Ints dot16(Ints sum, Ints a, Bytes pair) {  // modulo 2^32, as vectors do: what goes beyond is never used
+    const int32_t low = int16_t(a) * int16_t(pair), high = (a >> 16) * (int32_t(pair) >> 16);
     return int32_t(uint32_t(sum) + uint32_t(low) + uint32_t(high));
   }
+  static Ints dot16(Ints sum, Ints a, const void* pair) { return dot16(sum, a, read<uint32_t>(pair)); }
   static Ints multiply16(Ints a, Ints b) { return a * int16_t(b); }
 
   static Ints load_ints(const void* p) { return read<int32_t>(p); }
   static void store_ints(int32_t* p, Ints v) { *p = v; }
   static Ints load_u16(const void* p) { return read<uint16_t>(p); }
-  static Ints load_i8(const void* p) { return read<int8_t>(p); }
+  static Ints load_pairs_i8(const void* p) {
+    const auto pair = read<uint16_t>(p);
+    return int32_t(uint32_t(uint16_t(int8_t(pair))) | uint32_t(uint16_t(int8_t(pair >> 8))) << 16);
+  }
   static Ints set1(int32_t v) { return v; }
   static Ints field(Ints v, int shift, int mask) { return int32_t(uint32_t(v) >> shift) & mask; }
   template <int I>

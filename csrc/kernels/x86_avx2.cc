@@ -64,17 +64,14 @@ struct V {
     const __m256i offset = _mm256_and_si256(_mm256_slli_epi16(f, offset_bits), low);
     return {_mm256_sub_epi8(product, _mm256_or_si256(offset, _mm256_slli_epi16(offset, 8)))};
   }
-  static Ints dot16(Ints sum, Ints a, const void* pair) {
-    int32_t b;
-    std::memcpy(&b, pair, 4);
-    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, _mm256_set1_epi32(b)))};
-  }
+  static Ints dot16(Ints sum, Ints a, Bytes pair) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, pair.v))}; }
+  static Ints dot16(Ints sum, Ints a, const void* pair) { return dot16(sum, a, splat4(static_cast<const int8_t*>(pair))); }
   static Ints multiply16(Ints a, Ints b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 
   static Ints load_ints(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
   static void store_ints(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.v); }
   static Ints load_u16(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
-  static Ints load_i8(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
+  static Ints load_pairs_i8(const void* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
   static Ints set1(int32_t v) { return {_mm256_set1_epi32(v)}; }
   static Ints field(Ints v, int shift, int mask) {
     return {_mm256_and_si256(_mm256_srli_epi32(v.v, shift), _mm256_set1_epi32(mask))};

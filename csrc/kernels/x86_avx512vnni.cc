@@ -84,12 +84,24 @@ struct V {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(a.v), "m"(*static_cast<const Pair*>(pair)));
     return sum;
   }
+  static Ints dot16(Ints sum, Ints a, Bytes pair) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(pair.v));
+    return sum;
+  }
   static Ints multiply16(Ints a, Ints b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 
-  static Ints load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
+  static Ints load_ints(const void* p) {
+    __m512i line = _mm512_loadu_si512(p);
+    asm("" : "+v"(line));  // or GCC loads it again for each of its products
+    return {line};
+  }
   static void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v.v); }
   static Ints load_u16(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
-  static Ints load_i8(const void* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
+  static Ints load_pairs_i8(const void* p) {
+    __m512i pairs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    asm("" : "+v"(pairs));
+    return {pairs};
+  }
   static Ints set1(int32_t v) { return {_mm512_set1_epi32(v)}; }
   static Ints field(Ints v, int shift, int mask) {
     return {_mm512_and_si512(_mm512_srli_epi32(v.v, unsigned(shift)), _mm512_set1_epi32(mask))};

@@ -33,7 +33,7 @@ from phi4edge.prompt import MediaPart
 from phi4edge.video_files import video_frames
 from processes import is_one_error_line, run
 from test_audio_processor import wav
-from test_image_processor import chunk, png
+from test_image_files import chunk, png
 from tiny_media import MediaShape, tiny_multimodal
 from tiny_videos import grey, write_video
 

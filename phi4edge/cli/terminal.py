@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 from phi4edge.cli import output
 
@@ -65,7 +65,8 @@ class TerminalReader:
         )
 
     def read(self) -> str:
-        return self._session.prompt("> ", prompt_continuation="  ")
+        with _terminal_as_before():  # the editor leaves its own settings when SIGTERM comes while it makes them
+            return self._session.prompt("> ", prompt_continuation="  ")
 
 
 def open_reader() -> Reader:
@@ -76,21 +77,29 @@ def open_reader() -> Reader:
 
 @contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Keys that are typed meanwhile do not show up between the words of an answer; the next line gets them.
+    """Keys that are typed meanwhile do not show up between the words of an answer; the next line gets them."""
+    with _terminal_as_before() as settings:
+        if settings is not None and sys.platform != "win32":
+            import termios
 
-    However we leave, by Ctrl-C and SIGTERM too, the terminal is as before.
-    """
-    if sys.platform == "win32" or not sys.stdin.isatty():
+            unseen = [*settings]
+            unseen[3] &= ~termios.ECHO  # the local modes; signals of keys stay on
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, unseen)
         yield
+
+
+@contextmanager
+def _terminal_as_before() -> Iterator[list[Any] | None]:
+    """The settings of the keyboard, restored however we leave, by Ctrl-C and SIGTERM too; None where there is none."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield None
         return
     import termios
 
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
-    unseen = [*before]
-    unseen[3] &= ~termios.ECHO  # the local modes; signals of keys stay on
     try:
-        termios.tcsetattr(keyboard, termios.TCSANOW, unseen)
-        yield
+        yield before
     finally:
-        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        with suppress(termios.error):  # it is gone
+            termios.tcsetattr(keyboard, termios.TCSANOW, before)

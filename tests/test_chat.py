@@ -230,6 +230,19 @@ def test_chat_ends_on_sigterm_with_the_terminal_restored(open_terminal: Callable
     assert terminal.wait() == 143
 
 
+def test_sigterm_while_the_editor_takes_the_terminal_restores_it_too(
+    open_terminal: Callable[..., Terminal], model: str, tmp_path: Path
+) -> None:
+    """The signal comes when the settings are changed, and the editor is not yet ready to restore them."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from prompt_toolkit.input.vt100 import raw_mode\n"
+        "take = raw_mode.__enter__\n"
+        "raw_mode.__enter__ = lambda self: (take(self), os.kill(os.getpid(), signal.SIGTERM))\n"
+    )
+    assert open_terminal("chat", model, PYTHONPATH=str(tmp_path)).wait() == 143
+
+
 def test_U4_a_damaged_history_is_kept_aside(open_terminal: Callable[..., Terminal], model: str, state: Path) -> None:
     history = state / "phi4edge" / "chat-history"
     history.parent.mkdir(parents=True)

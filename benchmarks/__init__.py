@@ -1,7 +1,7 @@
 """Speed and memory; each module is a script, ``python -m benchmarks.NAME`` in a clone with phi4edge installed.
 
-Where the clone has no compiled part of its own, the installed package is the one to measure: the clone, which ``python -m``
-puts first in the path, goes to its end.
+Where the clone has no compiled part of its own, the installed package is the one to measure: the clone goes to the
+end of the path, which it is first in with ``python -m``.
 """
 
 import sys

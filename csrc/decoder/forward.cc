@@ -1,7 +1,6 @@
 #include "decoder/forward.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <iterator>
 #include <utility>
@@ -17,12 +16,17 @@ Forward::Forward(Model& model, std::vector<Slice> slices)
       scratch_(model.scratch()),
       q_dim_(config_.n_heads * config_.head_dim),
       kv_dim_(config_.n_kv_heads * config_.head_dim),
+      queries_per_key_(config_.n_heads / config_.n_kv_heads),
+      sums_stride_(Scratch::attention_sums(config_)),
       slices_(std::move(slices)),
       counters_(n_loops(), model.pool().size()),
       scales_(model.weights().activation_scales) {
   for (const Slice& slice : slices_) add_rows(slice);
   for (const Group& group : groups_) {
     if (group.adapter) scales_ |= group.adapter->activation_scales();
+  }
+  if (n_segments_ > 1 && n_rows() <= kQueryTokens) {
+    segment_sums_.resize(tiles_.size() * size_t(config_.n_kv_heads * n_segments_ * sums_stride_));
   }
   std::stable_sort(tiles_.begin(), tiles_.end(),
                    [](const Tile& a, const Tile& b) { return a.position + a.n > b.position + b.n; });
@@ -46,12 +50,6 @@ void Forward::add_rows(const Slice& slice) {
     rows_.push_back({&slice, groups_.size() - 1, slice.first + i});
   }
   add_tiles(slice, first_row);
-}
-
-void Forward::add_tiles(const Slice& slice, int64_t first_row) {
-  for (int64_t i = 0; i < slice.n; i += kQueryTokens) {
-    tiles_.push_back({&slice, first_row + i, slice.first + i, std::min(kQueryTokens, slice.n - i)});
-  }
 }
 
 // More than Worker::share() is called, each matrix being one.
@@ -230,60 +228,6 @@ void Forward::normalize_row(int64_t row, const float* add, const std::vector<flo
   const int64_t hidden = config_.hidden_size;
   kernels_.rms_norm(scratch_.x.get() + row * hidden, add ? add + row * hidden : nullptr, weight.data(), hidden,
                     config_.rms_epsilon, out);
-}
-
-void Forward::store_keys_and_values(Worker& worker, int64_t layer) {
-  const ModelConfig& c = config_;
-  const int64_t half = c.rope.n_dims / 2, stride = q_dim_ + 2 * kv_dim_;
-  worker.share(n_rows(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const auto& [slice, group, position] = rows_[size_t(row)];
-      float *q = scratch_.qkv.get() + row * stride, *k = q + q_dim_, *v = k + kv_dim_;
-      const float *cosine = cosine_.data() + row * half, *sine = sine_.data() + row * half;
-      for (int64_t head = 0; head < c.n_heads; ++head) rotate(c.rope, cosine, sine, q + head * c.head_dim);
-      for (int64_t head = 0; head < c.n_kv_heads; ++head) {
-        rotate(c.rope, cosine, sine, k + head * c.head_dim);
-        slice->cache->store(layer, head, position, k + head * c.head_dim, v + head * c.head_dim, kernels_);
-      }
-    }
-  });
-}
-
-void Forward::attend(Worker& worker, int64_t layer) {
-  const auto n_tiles = int64_t(tiles_.size());
-  // Head by head: the keys and values of one stay in the cache while all tiles go over them.
-  worker.share(config_.n_kv_heads * n_tiles, 1,
-               [&](int64_t item, int64_t) { attend_tile(worker, layer, tiles_[size_t(item % n_tiles)], item / n_tiles); });
-}
-
-void Forward::attend_tile(Worker& worker, int64_t layer, const Tile& tile, int64_t kv_head) {
-  const ModelConfig& c = config_;
-  const KvCache& cache = *tile.slice->cache;
-  const int64_t group = c.n_heads / c.n_kv_heads, head_dim = c.head_dim, stride = q_dim_ + 2 * kv_dim_;
-  const float scale = 1.0f / std::sqrt(float(head_dim));
-  // Scratch: the queries of a tile side by side, their outputs, the keys they see, and the kernel's own.
-  const int64_t max_queries = kQueryTokens * group, n_queries = tile.n * group;
-  auto* queries = static_cast<float*>(worker.scratch);
-  float* out = queries + round_up16(max_queries * head_dim);
-  auto* first_key = reinterpret_cast<int64_t*>(out + round_up16(max_queries * head_dim));
-  int64_t* last_key = first_key + round_up16(max_queries);
-  static_assert(sizeof(int64_t) * 16 % kCacheLine == 0);
-  for (int64_t i = 0; i < n_queries; ++i) {
-    const int64_t t = i / group, head = kv_head * group + i % group;
-    const float* q = scratch_.qkv.get() + (tile.row + t) * stride + head * head_dim;
-    for (int64_t d = 0; d < head_dim; ++d) queries[i * head_dim + d] = q[d] * scale;
-    cache.spread(queries + i * head_dim);
-    last_key[i] = tile.position + t;
-    first_key[i] = c.sliding_window > 0 ? std::max<int64_t>(0, last_key[i] - c.sliding_window + 1) : 0;
-  }
-  kernels_.attention[int(cache.type())]({queries, head_dim, int(n_queries), first_key, last_key, int(head_dim),
-                                         int(cache.value_dim()), cache.keys(layer, kv_head), cache.values(layer, kv_head), out,
-                                         head_dim, last_key + round_up16(max_queries)});
-  for (int64_t i = 0; i < n_queries; ++i) {
-    cache.spread(out + i * head_dim);
-    float* to = scratch_.attention.get() + (tile.row + i / group) * q_dim_ + (kv_head * group + i % group) * head_dim;
-    std::memcpy(to, out + i * head_dim, size_t(head_dim) * sizeof(float));
-  }
 }
 
 // By super-blocks, so that the threads share the work of a single row too.

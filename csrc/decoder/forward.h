@@ -68,10 +68,12 @@ class Forward {
   struct Tile {
     const Slice* slice;
     int64_t row, position, n;
+    int64_t first_segment, end_segment;  // that they see, of kKeySegment keys each
   };
 
   void add_rows(const Slice& slice);
   void add_tiles(const Slice& slice, int64_t first_row);
+  int64_t first_key(int64_t position) const;
   size_t n_loops() const;
   void add_work(Profile& profile) const;
   bool run_layer(Worker& worker, int64_t layer, Watch& watch);  // false: told to stop
@@ -83,7 +85,10 @@ class Forward {
   void normalize_row(int64_t row, const float* add, const std::vector<float>& weight, float* out);
   void store_keys_and_values(Worker& worker, int64_t layer);
   void attend(Worker& worker, int64_t layer);
-  void attend_tile(Worker& worker, int64_t layer, const Tile& tile, int64_t kv_head);
+  void attend_by_segments(Worker& worker, int64_t layer);
+  void sum_attention(Worker& worker, int64_t layer, const Tile& tile, int64_t kv_head, int64_t first_segment,
+                     int64_t end_segment, float* sums);
+  void finish_attention(const Tile& tile, int64_t kv_head, float* sums);
   void multiply_gate(Worker& worker);
   void quantize(const float* x, int64_t row, int64_t super_block, int64_t n_columns);
   bool alone(const Group& group) const { return group.n_rows == n_rows(); }
@@ -92,11 +97,13 @@ class Forward {
   const ModelConfig& config_;
   const KernelTable& kernels_;
   Scratch& scratch_;
-  const int64_t q_dim_, kv_dim_;
+  const int64_t q_dim_, kv_dim_, queries_per_key_, sums_stride_;
+  int64_t n_segments_ = 1;  // of the tile that sees most of them
   const std::vector<Slice> slices_;
   std::vector<Group> groups_;
   std::vector<Row> rows_;
   std::vector<Tile> tiles_;           // those that see most keys first
+  std::vector<float> segment_sums_;   // AttentionSums of [tile][kv_head][segment], where threads share heads by segments
   std::vector<int64_t> head_rows_;    // whose logits are wanted
   std::vector<float> cosine_, sine_;  // [row][n_dims / 2]
   WorkCounters counters_;

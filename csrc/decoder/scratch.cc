@@ -15,15 +15,20 @@ AlignedArray<float> rows(int64_t n_columns) {
   return allocate_aligned<float>(size_t(kMaxRows) * size_t(n_columns), "activations");
 }
 
+int n_queries(const ModelConfig& c) { return int(kQueryTokens * (c.n_heads / c.n_kv_heads)); }
+
+int widest_value(const ModelConfig& config) {
+  int64_t widest = 0;
+  for (const KvFormat& format : kv_formats()) widest = std::max(widest, KvCache::value_dim_for(config, format.type));
+  return int(widest);
+}
+
+// Laid out in attend.cc.
 size_t attention_scratch(const ModelConfig& config, const KernelTable& kernels) {
-  const int n_queries = int(kQueryTokens * (config.n_heads / config.n_kv_heads));
-  size_t kernel_bytes = 0;
-  for (const KvFormat& format : kv_formats()) {
-    const int value_dim = int(KvCache::value_dim_for(config, format.type));
-    kernel_bytes = std::max(kernel_bytes, kernels.attention_scratch_bytes(n_queries, value_dim));
-  }
-  return kernel_bytes + size_t(n_queries) * (2 * size_t(config.head_dim) * sizeof(float) + 2 * sizeof(int64_t)) +
-         8 * kCacheLine;
+  const int64_t n = n_queries(config);
+  const int64_t floats = Scratch::attention_sums(config) + round_up16(n * config.head_dim);
+  return size_t(floats) * sizeof(float) + size_t(2 * round_up16(n)) * sizeof(int64_t) +
+         kernels.attention_scratch_bytes(int(n), widest_value(config));
 }
 
 }  // namespace
@@ -42,6 +47,10 @@ Scratch::Scratch(const ModelConfig& config, const KernelTable& kernels, int n_th
   for (int thread = 0; thread < n_threads; ++thread) {
     thread_scratch.push_back(allocate_aligned<uint8_t>(n_bytes, "scratch"));
   }
+}
+
+int64_t Scratch::attention_sums(const ModelConfig& c) {
+  return round_up16(AttentionSums::n_floats(n_queries(c), widest_value(c)));
 }
 
 int64_t Scratch::widest_input(const ModelConfig& c) { return std::max({c.hidden_size, q_dim(c), c.ffn_size}); }

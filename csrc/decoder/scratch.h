@@ -22,6 +22,8 @@ struct Scratch {
 
   static uint64_t n_bytes(const ModelConfig& config);      // about
   static int64_t widest_input(const ModelConfig& config);  // of all products
+  // Floats of the AttentionSums of kQueryTokens tokens, in lines, whatever the type of the cache.
+  static int64_t attention_sums(const ModelConfig& config);
 
   // [kMaxRows][..] each; qkv rows are the queries, keys and values of all heads, gate_up rows the gate and then up.
   AlignedArray<float> x, normed, qkv, attention, gate_up, ffn, delta;

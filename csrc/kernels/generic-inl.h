@@ -98,6 +98,7 @@ constexpr KernelTable make_table(const char* name, const QuantizeRow* quantize_r
   table.repeat_dots = repeat_dots;
   table.matmul_scratch_bytes = matmul_scratch_bytes;
   table.attention_scratch_bytes = attention_scratch_bytes;
+  table.merge_attention = merge_attention;
   return table;
 }
 

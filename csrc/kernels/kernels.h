@@ -93,7 +93,21 @@ struct KvBlock {
 };
 static_assert(sizeof(KvBlock) == kPanelRows * 34);
 
-// Softmax attention of a tile of query rows over one KV head.
+// Keys are attended to by segments, whose sums are merged in their order: one thread may take them all, or each thread some,
+// and the result is the same to the bit.
+inline constexpr int64_t kKeySegment = 1024;
+
+// What attention sums up over some keys, in one array of floats: the values of each query, times their weights; the maximum of
+// its scores, to the base 2; and its weights, which are relative to that.
+struct AttentionSums {
+  float *values, *maximum, *weight;  // [query][value_dim], [query], [query]
+
+  AttentionSums(float* sums, int64_t n_queries, int64_t value_dim)
+      : values(sums), maximum(sums + n_queries * value_dim), weight(maximum + n_queries) {}
+  static int64_t n_floats(int64_t n_queries, int64_t value_dim) { return n_queries * (value_dim + 2); }
+};
+
+// Attention of a tile of query rows over segments of one KV head; the softmax is what sums of values are to those of weights.
 //   I16     K: [key / 16] of I16Panel                      V: the same
 //   F32     K: [key / 16][head_dim][16 keys]               V: [key][value_dim]
 //   Q8_0    K: [key / 16][value_dim / 32] of KvBlock       V: the same
@@ -107,8 +121,8 @@ struct AttentionTask {
   int value_dim;  // head_dim rounded up to 16, or with Q8_0 to 32
   const void* keys;
   const void* values;
-  float* out;  // row i at out + i * out_stride, head_dim values
-  int64_t out_stride;
+  int64_t first_segment, end_segment;
+  float* sums;    // AttentionSums of n_queries
   void* scratch;  // KernelTable::attention_scratch_bytes(n_queries, value_dim)
 };
 
@@ -121,6 +135,8 @@ struct KernelTable {
   // Quantises n_columns floats of one token; arrays point at this token's entries of super-block 0, n_tokens apart.
   void (*quantize[kActivationScaleCount])(const float* x, int64_t n_columns, int64_t n_tokens, const QuantizedActivations& out);
   void (*attention[kKvTypeCount])(const AttentionTask& task);
+  // sums: those of two lots of keys, of which `sums` had the first
+  void (*merge_attention)(float* sums, float* other, int n_queries, int value_dim);
   // x += add (where it is not null), then  out = x / sqrt(mean(x^2) + epsilon) * weight
   void (*rms_norm)(float* x, const float* add, const float* weight, int64_t n_values, float epsilon, float* out);
   void (*silu_multiply)(const float* gate, const float* up, int64_t n_values, float* out);

@@ -11,9 +11,8 @@ constexpr int kKeyBlock = 128;  // keys whose scores are held at once; blocks st
 
 // What attention computes in: AttentionTask::scratch.
 struct AttentionWork {
-  float* rows;           // [query][kKeyBlock]: the scores of a block of keys, and then their weights
-  float* out;            // [query][value_dim]: weighted sums of values
-  float *maximum, *sum;  // [query]: of the softmax so far
+  float* rows;          // [query][kKeyBlock]: the scores of a block of keys, and then their weights
+  float* segment_sums;  // AttentionSums of a segment that is not the first
   // Of caches of integers:
   uint8_t* queries;      // [query / kTileQueries][pair of dims][kTileQueries]
   int16_t* weights;      // [block of dims][query][kKeyBlock]
@@ -23,11 +22,11 @@ struct AttentionWork {
   PHI4EDGE_INLINE explicit AttentionWork(const AttentionTask& task) {
     const int64_t n = task.n_queries;
     rows = static_cast<float*>(task.scratch);
-    out = rows + n * kKeyBlock;
-    queries = reinterpret_cast<uint8_t*>(out + n * task.value_dim);
+    queries = reinterpret_cast<uint8_t*>(rows + n * kKeyBlock);
     weights = reinterpret_cast<int16_t*>(queries + query_bytes(n, task.value_dim));
-    maximum = reinterpret_cast<float*>(weights + n * max_blocks(task.value_dim) * kKeyBlock);
-    sum = maximum + n, query_scales = sum + n, weight_scales = query_scales + n;
+    segment_sums = reinterpret_cast<float*>(weights + n * max_blocks(task.value_dim) * kKeyBlock);
+    query_scales = segment_sums + AttentionSums::n_floats(n, task.value_dim);
+    weight_scales = query_scales + n;
   }
   static int64_t max_blocks(int64_t value_dim) { return (value_dim + KvBlock::kDims - 1) / KvBlock::kDims; }
   static int64_t query_bytes(int64_t n_queries, int64_t value_dim) {
@@ -37,8 +36,8 @@ struct AttentionWork {
 
 size_t attention_scratch_bytes(int n_queries, int value_dim) {
   const int64_t blocks = AttentionWork::max_blocks(value_dim);
-  return size_t(n_queries * ((kKeyBlock + value_dim + 3 + blocks) * int64_t(sizeof(float)) +
-                             blocks * kKeyBlock * int64_t(sizeof(int16_t))) +
+  const int64_t floats = n_queries * (kKeyBlock + 1 + blocks) + AttentionSums::n_floats(n_queries, value_dim);
+  return size_t(floats * int64_t(sizeof(float)) + n_queries * blocks * kKeyBlock * int64_t(sizeof(int16_t)) +
                 AttentionWork::query_bytes(n_queries, value_dim));
 }
 
@@ -57,6 +56,12 @@ PHI4EDGE_INLINE V::Floats exp2(V::Floats x) {
   p = V::fma(p, r, V::set1(0.693147004f));
   p = V::fma(p, r, V::set1(1.0f));
   return V::as_floats(V::add(V::as_ints(p), V::shift_left(n, 23)));
+}
+
+PHI4EDGE_INLINE float exp2_of_one(float x) {
+  alignas(64) float lanes[V::kRows];
+  V::store(lanes, exp2(V::set1(x)));
+  return lanes[0];
 }
 
 // Scores are logarithms to the base 2.

@@ -7,11 +7,9 @@ namespace phi4edge {
 namespace {
 
 template <class F>
-struct Layout {
+struct Layout : PanelLayout<F> {
   using Codes = typename F::Codes;
   static constexpr int kSubs = kSuperBlock / F::kSub;
-  static constexpr int kLineBytes32 = Codes::kLines * kLineBytes;                   // codes of 32 columns
-  static constexpr int kScaleBytes256 = kSuperBlock / F::kValues * F::kScaleBytes;  // scales of a super-block
   // One scale of the activations for a super-block, or for 32 columns.
   static constexpr bool kOneScale = F::kValues == kSuperBlock;
   static const QuantizedActivations& activations(const Activations& x) {
@@ -20,8 +18,9 @@ struct Layout {
   // Integer scales of so few bits that a code times its scale is a byte: the sum over a super-block is one of integers.
   static constexpr bool kIntegerScales = requires { typename F::IntegerScales; };
 
-  static int64_t header_bytes(int64_t n_columns) {
-    return (n_columns / F::kValues * F::kScaleBytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  // Behind the scales of a super-block of n_blocks32 * 32 columns.
+  static const uint8_t* codes(const uint8_t* scales, int n_blocks32) {
+    return scales + PanelLayout<F>::scale_bytes(n_blocks32 * 32 / F::kValues);
   }
 };
 

@@ -136,18 +136,16 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
   using L = Layout<F>;
   const QuantizedActivations& x = L::activations(*task.x);
   const int64_t n_blocks32 = task.n_columns / 32, n_super = (n_blocks32 + 7) / 8, n_tokens = task.x->n_tokens;
-  const int64_t header = L::header_bytes(task.n_columns);
   for (int64_t row0 = 0; row0 < task.n_rows; row0 += kPanelRows) {
     const uint8_t* panel = task.panels + size_t(row0 / kPanelRows) * task.panel_bytes;
     alignas(64) float result[T][kPanelRows] = {};
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
-      const uint8_t* ahead = panel + kPrefetchBytes + sb * (int64_t(task.panel_bytes) / n_super);
-      prefetch(ahead + 8 * L::kLineBytes32, L::kScaleBytes256);
+      const uint8_t *scales = panel + sb * L::kStride, *lines = L::codes(scales, m);
       for (int part = 0; part < kParts; ++part) {
         const int row = part * V::kRows;
-        add_blocks<F, T>(panel + sb * L::kScaleBytes256, panel + header + sb * 8 * L::kLineBytes32 + 4 * row,
-                         part == 0 ? ahead : nullptr, row, m, x, sb * n_tokens + first_token, result);
+        add_blocks<F, T>(scales, lines + 4 * row, part == 0 ? lines + kPrefetchBytes : nullptr, row, m, x,
+                         sb * n_tokens + first_token, result);
       }
     }
     for (int t = 0; t < T; ++t) {

@@ -20,10 +20,10 @@ struct Expanded {
 constexpr size_t kMaxExpandedBytes = (kSuperBlock / 4 + 2 * (kSuperBlock / 16) + 6) * V::kRows * 4 + 8 * 64;
 
 template <class F>
-void expand(const uint8_t* panel, int64_t header, int64_t super_block, int n_blocks32, int row, Expanded<F>& out) {
+void expand(const uint8_t* panel, int64_t super_block, int n_blocks32, int row, Expanded<F>& out) {
   using L = Layout<F>;
-  const uint8_t* scales = panel + super_block * L::kScaleBytes256;
-  const uint8_t* lines = panel + header + super_block * 8 * L::kLineBytes32 + 4 * row;
+  const uint8_t* scales = panel + super_block * L::kStride;
+  const uint8_t* lines = L::codes(scales, n_blocks32) + 4 * row;
   const auto store_codes = [&](int block, const auto& change) {
     unroll<kGroups>([&](auto g) {
       V::store_bytes(out.codes[block * kGroups + g.value], change(g, operand<F, g.value>(lines + block * L::kLineBytes32)));
@@ -137,7 +137,6 @@ void matmul_expanded(const MatmulTask& task) {
   using L = Layout<F>;
   const QuantizedActivations& x = L::activations(*task.x);
   const int64_t n_blocks32 = task.n_columns / 32, n_super = (n_blocks32 + 7) / 8, n_tokens = task.x->n_tokens;
-  const int64_t header = L::header_bytes(task.n_columns);
   const int64_t n_panels = (task.n_rows + kPanelRows - 1) / kPanelRows;
   static_assert(sizeof(Expanded<F>) <= kMaxExpandedBytes);
   auto* expanded = static_cast<Expanded<F>*>(task.scratch);
@@ -160,7 +159,7 @@ void matmul_expanded(const MatmulTask& task) {
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
       for (int i = 0; i < n_group * kParts; ++i) {
-        expand<F>(panel + size_t(i / kParts) * task.panel_bytes, header, sb, m, i % kParts * V::kRows, expanded[i]);
+        expand<F>(panel + size_t(i / kParts) * task.panel_bytes, sb, m, i % kParts * V::kRows, expanded[i]);
       }
       for_token_tiles<V::kTileTokens>(n_tokens, [&](auto tile, int64_t first) {
         prefetch();
@@ -215,12 +214,12 @@ template <class F>
 void dequantize_panel_row(const uint8_t* panel, int row, int64_t n_columns, float* out) {
   using L = Layout<F>;
   using C = typename Expanded<F>::Kind;
-  const int64_t header = L::header_bytes(n_columns), n_blocks32 = n_columns / 32;
+  const int64_t n_blocks32 = n_columns / 32;
   const int part_row = row / V::kRows * V::kRows, lane = row % V::kRows;
   for (int64_t sb = 0; sb * 8 < n_blocks32; ++sb) {
     const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
     Expanded<F> block;
-    expand<F>(panel, header, sb, m, part_row, block);
+    expand<F>(panel, sb, m, part_row, block);
     float scale[L::kSubs], minimum[L::kSubs];
     row_scales(block, lane, scale, minimum);
     for (int i = 0; i < 32 * m; ++i) {

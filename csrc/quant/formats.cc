@@ -2,9 +2,11 @@
 
 #include "quant/formats.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "quant/format.h"
+#include "quant/panel_layout.h"
 
 namespace phi4edge {
 namespace {
@@ -45,35 +47,33 @@ void pack_floats(const void* rows, int n_rows, int64_t n_columns, uint8_t* panel
   }
 }
 
-// ---- quantised formats: [scales of all blocks, rounded up to a line][code lines of all columns]
-
-template <class F>
-size_t header_bytes(int64_t n_columns) {
-  return round_up(size_t(n_columns / F::kValues) * F::kScaleBytes, kLineBytes);
-}
+// ---- quantised formats
 
 template <class F>
 size_t quantized_panel_bytes(int64_t n_columns) {
-  return header_bytes<F>(n_columns) + size_t(n_columns / 32) * F::Codes::kLines * kLineBytes;
+  return size_t(PanelLayout<F>::n_bytes(n_columns));
 }
 
 template <class F>
 void pack_blocks(const void* rows, int n_rows, int64_t n_columns, uint8_t* panel) {
+  using L = PanelLayout<F>;
   const int64_t n_blocks = n_columns / F::kValues;
   const auto* source = static_cast<const uint8_t*>(rows);
-  uint8_t* lines = panel + header_bytes<F>(n_columns);
   if (n_rows < kPanelRows) std::memset(panel, 0, quantized_panel_bytes<F>(n_columns));
-  std::memset(panel + n_blocks * F::kScaleBytes, 0, size_t(lines - panel) - size_t(n_blocks * F::kScaleBytes));
-  constexpr int kLineBytesPerBlock = F::kValues / 32 * F::Codes::kLines * kLineBytes;
-  for (int64_t b = 0; b < n_blocks; ++b) {
-    for (int row = 0; row < n_rows; ++row) {
-      typename F::Block block;
-      std::memcpy(&block, source + size_t(row * n_blocks + b) * sizeof block, sizeof block);
-      F::pack_scales(block, row, panel + b * F::kScaleBytes);
-      uint8_t codes[F::kValues];
-      F::codes(block, codes);
-      for (int i = 0; i < F::kValues / 32; ++i) {
-        F::Codes::pack(codes + 32 * i, row, lines + b * kLineBytesPerBlock + i * F::Codes::kLines * kLineBytes);
+  for (int64_t first = 0; first < n_blocks; first += L::kBlocks, panel += L::kStride) {
+    const int64_t n = std::min(n_blocks - first, L::kBlocks);
+    uint8_t* lines = panel + L::scale_bytes(n);
+    std::memset(panel + n * F::kScaleBytes, 0, size_t(L::scale_bytes(n) - n * F::kScaleBytes));
+    for (int64_t b = 0; b < n; ++b) {
+      for (int row = 0; row < n_rows; ++row) {
+        typename F::Block block;
+        std::memcpy(&block, source + size_t(row * n_blocks + first + b) * sizeof block, sizeof block);
+        F::pack_scales(block, row, panel + b * F::kScaleBytes);
+        uint8_t codes[F::kValues];
+        F::codes(block, codes);
+        for (int i = 0; i < F::kValues / 32; ++i) {
+          F::Codes::pack(codes + 32 * i, row, lines + b * L::code_bytes(1) + i * L::kLineBytes32);
+        }
       }
     }
   }

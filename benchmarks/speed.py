@@ -4,8 +4,9 @@
 ``python -m benchmarks.speed --list``
 
 Models have the full shape and random weights; what is missing in ``--models`` is written there first, 1.7 to 4.1 GB
-each. Sides take turns, and every round measures the limits of the machine too: reading memory, and the int8 dot
-product alone. Shares and ratios are of the same round, and the median of the rounds is reported. A share of the int8
+each. Sides take turns, a prompt or some tokens of an answer each, and the limit of the machine is measured between any
+two of them: reading memory, or the int8 dot product alone. Shares and ratios are of a round, and the median of the
+rounds is reported. A share of the int8
 limit counts 2 operations for each weight of the layers and token; the head, which a prompt needs once, is left out.
 """
 
@@ -31,6 +32,12 @@ from benchmarks.speed_rows import AT_MOST, LONG_CONTEXT, PROMPT, ROWS, Row
 
 OURS, THEIRS = SIDES
 DECODED = 32
+STEP = 4  # tokens of an answer between two measurements of the limit
+BEFORE = 8  # tokens before an answer
+LIMITS = {  # what it is called, its field in an answer, and its unit
+    "int8": ("int8 limit", "int8_operations_per_second", "int8 operations/s"),
+    "read": ("read bandwidth", "bytes_per_second", "bytes/s"),
+}
 SHORT = 16
 MEMORY_CONTEXTS = (512, 1024, 2048, 4096, LONG_CONTEXT)
 Values = dict[str, list[float]]  # quantity -> of each round
@@ -92,6 +99,24 @@ def check_isa(row: Row, side: str, isa: str) -> None:
         raise SystemExit(f"--llama-python: its llama.cpp uses {isa}; build it with -DGGML_NATIVE=OFF")
 
 
+class Limit:
+    """A limit of the machine, which changes within seconds: measured between all that is compared with it."""
+
+    def __init__(self, worker: Worker, field: str) -> None:
+        self._worker, self._field = worker, field
+        self._last = self._measure()
+
+    def _measure(self) -> float:
+        return float(self._worker.ask(do="limits", fields=[self._field])[self._field])
+
+    def around(self, worker: Worker, **run: int) -> tuple[float, float]:
+        """Seconds of a run, and the mean of the limit right before and right after it."""
+        before = self._last
+        answer = worker.ask(do="run", **run)
+        self._last = self._measure()
+        return answer["prefill_seconds"] + answer["decode_seconds"], (before + self._last) / 2
+
+
 def median_of_ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(above, below, strict=True)]
 
@@ -100,36 +125,46 @@ def median_of_ratios(above: Sequence[float], below: Sequence[float]) -> list[flo
 
 
 def prefill(case: Case) -> Values:
-    return _one_after_the_other(case, "prefill", n_prompt=PROMPT, n_decode=0)
+    return _side_by_side(case, "int8", body_operations(case.shape), n_prompt=PROMPT, n_decode=0, n_steps=1)
 
 
 def decode(case: Case) -> Values:
-    return _one_after_the_other(case, "decode", n_prompt=8, n_decode=DECODED)
+    n_steps = DECODED // STEP
+    return _side_by_side(case, "read", bytes_per_token(case.model), n_prompt=BEFORE, n_decode=STEP, n_steps=n_steps)
 
 
-def _one_after_the_other(case: Case, phase: str, *, n_prompt: int, n_decode: int) -> Values:
-    n_timed = n_prompt if phase == "prefill" else n_decode
+def _side_by_side(case: Case, limit_name: str, needed: float, *, n_prompt: int, n_decode: int, n_steps: int) -> Values:
+    """Sides take turns, with a measurement of the limit between any two; ``needed`` by a token: operations or bytes."""
+    about, field, unit = LIMITS[limit_name]
     rates: Values = {side: [] for side in case.sides()}
-    limits: Values = {"bytes_per_second": [], "int8_operations_per_second": []}
-    with case.workers(n_prompt + max(n_decode, 2), case.sides()) as workers:
+    shares: Values = {side: [] for side in case.sides()}
+    limits: list[float] = []
+    # A prompt is timed, or what comes after it.
+    timed = {"n_prompt": 0, "n_decode": n_decode} if n_decode else {"n_prompt": n_prompt, "n_decode": 0}
+    n_each = n_decode or n_prompt
+    with case.workers(n_prompt + max(n_steps * n_decode, 2), case.sides()) as workers:
+        limit = Limit(workers[OURS], field)
         for _ in range(case.options.rounds):
-            _add(limits, workers[OURS].ask(do="limits"))
-            for side, worker in workers.items():
-                time.sleep(REST_SECONDS)
-                answer = worker.ask(do="run", n_prompt=n_prompt, n_decode=n_decode)
-                rates[side].append(n_timed / answer[f"{phase}_seconds"])
+            seconds, least = dict.fromkeys(workers, 0.0), dict.fromkeys(workers, 0.0)
+            if n_decode:
+                for worker in workers.values():
+                    worker.ask(do="run", n_prompt=n_prompt, n_decode=0)
+            for step in range(n_steps):
+                for side, worker in workers.items():
+                    after = n_prompt + step * n_decode if n_decode else 0
+                    taken, at_most = limit.around(worker, **timed, after=after)
+                    seconds[side] += taken
+                    least[side] += needed * n_each / at_most
+                    limits.append(at_most)
+            for side in workers:
+                rates[side].append(n_steps * n_each / seconds[side])
+                shares[side].append(least[side] / seconds[side])
     values = {f"{side} tok/s": rate for side, rate in rates.items()}
     if THEIRS in rates:
         values["ratio to llama.cpp"] = median_of_ratios(rates[OURS], rates[THEIRS])
-    per_token, limit, name = (
-        (body_operations(case.shape), "int8_operations_per_second", "int8 limit")
-        if phase == "prefill"
-        else (bytes_per_token(case.model), "bytes_per_second", "read bandwidth")
-    )
-    for side, rate in rates.items():
-        prefix = "" if side == OURS else f"{side} "
-        values[f"{prefix}share of the {name}"] = median_of_ratios([per_token * each for each in rate], limits[limit])
-    return values | {name.replace("_per_second", "/s").replace("_", " "): each for name, each in limits.items()}
+    for side, share in shares.items():
+        values[f"share of the {about}" if side == OURS else f"{side} share of the {about}"] = share
+    return values | {unit: limits}
 
 
 def short_prompt(case: Case) -> Values:
@@ -164,25 +199,30 @@ def long_decode(case: Case) -> Values:
     config = _core.read_config(_core.GgufFile(case.model))
     kv_bytes = LONG_CONTEXT * _core.kv_bytes_per_token(config, case.row.kv_type)
     seconds: Values = {"seconds at 0": [], f"seconds at {LONG_CONTEXT}": []}
-    bandwidth: list[float] = []
-    room = LONG_CONTEXT + DECODED
-    with case.workers(256, (OURS,)) as short, case.workers(room, (OURS,)) as long:
+    limits: list[float] = []
+    shares: list[float] = []
+    with case.workers(256, (OURS,)) as short, case.workers(LONG_CONTEXT + DECODED, (OURS,)) as long:
         long[OURS].ask(do="run", n_prompt=LONG_CONTEXT, n_decode=0)
         short[OURS].ask(do="run", n_prompt=1, n_decode=0)
+        limit = Limit(short[OURS], "bytes_per_second")
         for _ in range(case.options.rounds):
-            bandwidth.append(short[OURS].ask(do="limits")["bytes_per_second"])
-            for name, worker, after in zip(seconds, (short[OURS], long[OURS]), (1, LONG_CONTEXT), strict=True):
-                time.sleep(REST_SECONDS)
-                answer = worker.ask(do="run", n_prompt=0, n_decode=DECODED, after=after)
-                seconds[name].append(answer["decode_seconds"] / DECODED)
+            taken, could_read = [0.0, 0.0], [0.0, 0.0]  # seconds, and the bytes that could have been read in them
+            for step in range(DECODED // STEP):
+                for i, (worker, after) in enumerate(((short[OURS], 1), (long[OURS], LONG_CONTEXT))):
+                    each, rate = limit.around(worker, n_prompt=0, n_decode=STEP, after=after + step * STEP)
+                    taken[i] += each / DECODED
+                    could_read[i] += each * rate / DECODED
+                    limits.append(rate)
+            for values, each in zip(seconds.values(), taken, strict=True):
+                values.append(each)
+            added = could_read[1] - could_read[0]
+            shares.append(kv_bytes / added if added > 0 else math.inf)
     at_0, at_end = seconds.values()
-    added = [end - start for start, end in zip(at_0, at_end, strict=True)]
-    rates = [kv_bytes / each if each > 0 else math.inf for each in added]
     return seconds | {
         "KV bytes": [float(kv_bytes)],
-        "seconds added": added,
-        "bytes/s": bandwidth,
-        "share of the read bandwidth": median_of_ratios(rates, bandwidth),
+        "seconds added": [end - start for start, end in zip(at_0, at_end, strict=True)],
+        "bytes/s": limits,
+        "share of the read bandwidth": shares,
     }
 
 
@@ -226,11 +266,6 @@ KINDS: dict[str, Callable[[Case], Values]] = {
     "load": load,
     "memory": memory,
 }
-
-
-def _add(values: Values, answer: dict[str, Any]) -> None:
-    for name, each in values.items():
-        each.append(answer[name])
 
 
 def body_operations(shape: Shape) -> int:

@@ -51,7 +51,6 @@ PHI4EDGE_INLINE void prefetch(const void* from, int64_t n_bytes) {
 
 constexpr int kGroups = 8;                     // of 4 columns in 32
 constexpr int kParts = kPanelRows / V::kRows;  // registers that cover the rows of a panel
-constexpr int64_t kPrefetchBytes = 1024;       // ahead of what is in use while decoding; more of it stands in its own way
 
 }  // namespace
 }  // namespace phi4edge

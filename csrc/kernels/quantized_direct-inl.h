@@ -134,8 +134,9 @@ PHI4EDGE_INLINE void add_blocks(const uint8_t* scales, const uint8_t* lines, con
 template <class F, int T>
 void matmul_direct(const MatmulTask& task, int64_t first_token) {
   using L = Layout<F>;
-  // One token uses bytes as fast as they come, and more would stand in the way of what comes next.
-  constexpr int64_t kAhead = T == 1 ? 1024 : 2 * L::kStride;
+  // With one token whole lines are used as fast as they come, and to fetch more would stand in the way of what comes next.
+  constexpr bool kStreams = T == 1 && kParts == 1;
+  constexpr int64_t kAhead = kStreams ? 1024 : 8 * L::kStride;
   const QuantizedActivations& x = L::activations(*task.x);
   const int64_t n_blocks32 = task.n_columns / 32, n_super = (n_blocks32 + 7) / 8, n_tokens = task.x->n_tokens;
   for (int64_t row0 = 0; row0 < task.n_rows; row0 += kPanelRows) {
@@ -144,7 +145,7 @@ void matmul_direct(const MatmulTask& task, int64_t first_token) {
     for (int64_t sb = 0; sb < n_super; ++sb) {
       const int m = int(n_blocks32 - sb * 8 < 8 ? n_blocks32 - sb * 8 : 8);
       const uint8_t *scales = panel + sb * L::kStride, *lines = L::codes(scales, m);
-      if (T > 1) prefetch(scales + kAhead, lines - scales);
+      if (!kStreams) prefetch(scales + kAhead, lines - scales);
       for (int part = 0; part < kParts; ++part) {
         const int row = part * V::kRows;
         add_blocks<F, T>(scales, lines + 4 * row, part == 0 ? lines + kAhead : nullptr, row, m, x, sb * n_tokens + first_token,

@@ -6,8 +6,8 @@
 Models have the full shape and random weights; what is missing in ``--models`` is written there first, 1.7 to 4.1 GB
 each. Sides take turns, a prompt or some tokens of an answer each, and the limit of the machine is measured between any
 two of them: reading memory, or the int8 dot product alone. Shares and ratios are of a round, and the median of the
-rounds is reported. A share of the int8
-limit counts 2 operations for each weight of the layers and token; the head, which a prompt needs once, is left out.
+rounds is reported. A share of the int8 limit counts 2 operations for each weight of the layers and token; the head,
+which a prompt needs once, is left out.
 """
 
 from __future__ import annotations
